@@ -1,0 +1,312 @@
+"""Builds what pyproject.toml cannot say: the native libraries, by a build.ninja of its own.
+
+fasttx/libfasttx.so  Python-free: the CPU kernels, one object per instruction set, the CUDA kernels where nvcc is found,
+                     and csrc/ops.cpp on torch's stable ABI: one file serves every torch from 2.11 on.
+fasttx/_C*.so        pybind11 without ATen, csrc/bind.cpp: queries and test hooks.
+
+Environment: FASTTX_NATIVE=0 (no native code), CXX, FASTTX_NVCC, FASTTX_CUDA=0|1 (default: where nvcc is found),
+FASTTX_CUDA_ARCHS (default "80;90a"), MAX_JOBS.
+"""
+
+import fcntl
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
+
+TORCH_MIN = (2, 11)  # the first torch whose stable ABI has all that csrc/ops.cpp calls
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+
+# Instruction set -> compiler flags; csrc/cpu/dispatch.cpp picks one at run time.
+AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512".split()
+ISA_FLAGS = {
+    "default": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": AVX512,
+    "avx512bf16": [*AVX512, "-mavx512bf16"],
+}
+CXX_FLAGS = (
+    "-std=c++20 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden "
+    "-fno-math-errno -fno-trapping-math -fopenmp-simd -Wall"
+).split()
+
+# The newest symbol versions a manylinux_2_34 wheel may need.
+MANYLINUX = "manylinux_2_34"
+SYMBOL_LIMITS = {"GLIBC": (2, 34), "GLIBCXX": (3, 4, 29), "CXXABI": (1, 3, 13)}
+
+
+def cxx():
+    return shlex.split(os.environ.get("CXX", "g++"))
+
+
+def why_not_native():
+    """Why this machine gets fasttx without native code, or None."""
+    if os.environ.get("FASTTX_NATIVE") == "0":
+        return "it was installed with FASTTX_NATIVE=0"
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
+        return f"the native kernels are written for x86-64 Linux, this is {platform.machine()} {sys.platform}"
+    if not shutil.which(cxx()[0]):
+        return f"no C++ compiler was found when fasttx was installed ({cxx()[0]}; set CXX to name another)"
+    return None
+
+
+def find_torch():
+    """The folder of the torch this build is for; importing torch would cost seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(
+            "fasttx: the native code is built against the torch it will run with, and there is no torch here: install "
+            "torch >= 2.11, then pip install --no-build-isolation fasttx (or set FASTTX_NATIVE=0 to go without)."
+        )
+    version = importlib.metadata.version("torch")
+    if tuple(int(n) for n in re.match(r"(\d+)\.(\d+)", version).groups()) < TORCH_MIN:
+        raise SystemExit(
+            f"fasttx: torch {version} is too old, fasttx needs torch >= 2.11 (2.13.0 is what it is tested with)."
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def find_nvcc():
+    """nvcc, or None where there is none, FASTTX_CUDA=0 says so, or there is nothing for it to compile."""
+    wanted = os.environ.get("FASTTX_CUDA", "")
+    if wanted == "0" or not any(CSRC.glob("cuda/**/*.cu")):
+        return None
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = [
+        os.environ.get("FASTTX_NVCC"),
+        shutil.which("nvcc"),
+        *(f"{h}/bin/nvcc" for h in homes if h),
+    ]
+    nvcc = next((p for p in places if p and os.access(p, os.X_OK)), None)
+    if nvcc is None and wanted == "1":
+        raise SystemExit(
+            "fasttx: FASTTX_CUDA=1 asks for the CUDA kernels, but no nvcc was found (FASTTX_NVCC names one)."
+        )
+    return nvcc
+
+
+class Ninja:
+    """The text of a build.ninja: rules, and one line per file made."""
+
+    def __init__(self, build_dir, nvcc):
+        self.build_dir = build_dir
+        self.lines = [
+            f"builddir = {build_dir}",
+            f"cxx = {shlex.join(cxx())}",
+            f"nvcc = {nvcc}",
+            "rule cxx",
+            "  command = $cxx -MD -MF $out.d $flags -c $in -o $out",
+            "  description = $shown",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule nvcc",
+            "  command = $nvcc -MD -MF $out.d $flags -c $in -o $out",
+            "  description = $shown",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            "  command = $cxx -shared $in $flags -o $out",
+            "  description = link $out",
+            "rule nvlink",
+            "  command = $nvcc -shared -cudart static $in $flags -o $out",
+            "  description = link $out",
+        ]
+
+    def object(self, source, flags, rule="cxx", level=None):
+        name = source.relative_to(ROOT).as_posix()
+        out = self.build_dir / (name.replace("/", "_") + (f".{level}" if level else "") + ".o")
+        self.lines += [f"build {out}: {rule} {source}", f"  flags = {' '.join(flags)}"]
+        self.lines += [f"  shown = compile {name}" + (f" [{level}]" if level else "")]
+        return str(out)
+
+    def link(self, out, objects, linker_flags, flags, exports, rule="link", after=()):
+        """Links a shared library of which only the symbols matching `exports` are seen from outside."""
+        script = self.build_dir / f"{out.name}.map"
+        text = f"{{ global: {exports}; local: *; }};\n"
+        if not script.is_file() or script.read_text() != text:
+            script.write_text(text)
+        wrap = "-Xlinker " if rule == "nvlink" else "-Wl,"
+        linker_flags = [wrap + f for f in [*linker_flags, f"--version-script={script}"]]
+        self.lines += [
+            f"build {out}: {rule} {' '.join(objects)} | {' '.join(map(str, [script, *after]))}"
+        ]
+        self.lines += [f"  flags = {' '.join([*linker_flags, *flags])}"]
+
+    def run(self):
+        (self.build_dir / "build.ninja").write_text("\n".join(self.lines) + "\n")
+        ninja = shutil.which(
+            "ninja", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
+        )
+        if ninja is None:
+            raise SystemExit("fasttx: the build needs ninja (pip install ninja).")
+        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+        if subprocess.run([ninja, "-C", str(self.build_dir), "-j", jobs]).returncode:
+            raise SystemExit(
+                "fasttx: the native code did not compile (the compiler's message is above); "
+                "FASTTX_NATIVE=0 installs fasttx without it."
+            )
+
+
+class NinjaBuildExt(build_ext):
+    def run(self):
+        if self.extensions:
+            super().run()
+
+    def build_extensions(self):
+        torch = find_torch()
+        nvcc = find_nvcc()
+        # Kept between builds: an editable install gets a new temporary build_temp each time.
+        build_dir = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}"
+        build_dir.mkdir(parents=True, exist_ok=True)
+        outs = {e.name: Path(self.get_ext_fullpath(e.name)).resolve() for e in self.extensions}
+        for out in outs.values():
+            out.parent.mkdir(parents=True, exist_ok=True)
+        with open(build_dir / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            ninja = Ninja(build_dir, nvcc)
+            self.plan_library(ninja, outs["fasttx.libfasttx"], torch, nvcc)
+            if "fasttx._C" in outs:
+                self.plan_bindings(ninja, outs["fasttx._C"], outs["fasttx.libfasttx"])
+            ninja.run()
+
+    def plan_library(self, ninja, library, torch, nvcc):
+        flags = [*CXX_FLAGS, f"-I{CSRC}"]
+        objects = []
+        for source in sorted(CSRC.glob("cpu/*.cpp")):
+            if source.name == "dispatch.cpp":
+                objects.append(ninja.object(source, flags))
+                continue
+            for level, isa in ISA_FLAGS.items():
+                objects.append(
+                    ninja.object(source, [*flags, *isa, f"-DFASTTX_ISA=isa_{level}"], level=level)
+                )
+        if nvcc:
+            archs = os.environ.get("FASTTX_CUDA_ARCHS", "80;90a").replace(",", ";").split(";")
+            codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+            hidden = "-Xcompiler=-fPIC,-fvisibility=hidden"
+            for source in sorted(CSRC.glob("cuda/**/*.cu")):
+                cuda = ["-std=c++20 -O3 -lineinfo --threads 2", hidden, *codes, f"-I{CSRC}"]
+                objects.append(ninja.object(source, cuda, "nvcc"))
+        with_torch = [
+            f"-isystem {torch}/include",
+            TORCH_TARGET,
+            *(["-DFASTTX_WITH_CUDA"] if nvcc else []),
+        ]
+        objects.append(ninja.object(CSRC / "ops.cpp", [*flags, *with_torch]))
+        linker = ["--exclude-libs=ALL", "-zdefs", "-soname=libfasttx.so", "--no-as-needed"]
+        libraries = [f"-L{torch}/lib", "-ltorch_cpu", "-lc10"]
+        ninja.link(library, objects, linker, libraries, "fasttx_*", "nvlink" if nvcc else "link")
+
+    def plan_bindings(self, ninja, bindings, library):
+        import pybind11
+
+        includes = [
+            f"-isystem {pybind11.get_include()}",
+            f"-isystem {sysconfig.get_path('include')}",
+        ]
+        flags = [*CXX_FLAGS, f"-I{CSRC}", *includes]
+        objects = [ninja.object(CSRC / "bind.cpp", flags)]
+        linker = ["--exclude-libs=ALL", "-rpath,'$$ORIGIN'"]
+        ninja.link(
+            bindings,
+            objects,
+            linker,
+            [f"-L{library.parent}", "-lfasttx"],
+            "PyInit__C",
+            after=[library],
+        )
+
+    def get_ext_filename(self, fullname):
+        if fullname.rpartition(".")[2] == "libfasttx":
+            return fullname.replace(".", "/") + ".so"
+        return super().get_ext_filename(fullname)
+
+
+class BuildPy(build_py):
+    """Leaves fasttx/_build.json beside the modules, so that the installed package can say what it was built with."""
+
+    def run(self):
+        super().run()
+        place = ROOT / "fasttx" if self.editable_mode else Path(self.build_lib, "fasttx")
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "_build.json").write_text(
+            json.dumps({"native": NO_NATIVE is None, "reason": NO_NATIVE}) + "\n"
+        )
+
+
+class ManylinuxWheel(bdist_wheel):
+    """Tags the wheel manylinux_2_34 if the libraries in it keep within that policy's symbol versions."""
+
+    def get_tag(self):
+        python, abi, plat = super().get_tag()
+        libraries = list(Path(self.bdist_dir or "").glob("fasttx/*.so"))
+        if plat == "linux_x86_64" and libraries and all(within_manylinux(lib) for lib in libraries):
+            plat = f"{MANYLINUX}_x86_64"
+        return python, abi, plat
+
+
+def within_manylinux(library):
+    out = subprocess.run(
+        ["readelf", "--version-info", "--wide", library], capture_output=True, text=True
+    )
+    needed = re.findall(r"Name: (GLIBC|GLIBCXX|CXXABI)_([\d.]+)", out.stdout)
+    return bool(needed) and all(
+        tuple(map(int, v.split("."))) <= SYMBOL_LIMITS[k] for k, v in needed
+    )
+
+
+def extensions():
+    if NO_NATIVE:
+        return []
+    names = ["fasttx.libfasttx"]
+    if Path(sysconfig.get_path("include"), "Python.h").is_file():
+        names.append("fasttx._C")
+    else:
+        print(
+            "fasttx: building without fasttx._C, which serves tests only: Python.h (python3-dev) is not installed."
+        )
+    return [Extension(name, []) for name in names]
+
+
+def packages():
+    """Package name -> folder; kernels/ and benchmarks/ stand at the top level and install inside fasttx."""
+    found = {}
+    for room in ("fasttx", "kernels", "benchmarks"):
+        for folder in {
+            room,
+            *(p.parent.relative_to(ROOT).as_posix() for p in ROOT.glob(f"{room}/**/*.py")),
+        }:
+            name = folder.replace("/", ".")
+            found[name if room == "fasttx" else f"fasttx.{name}"] = folder
+    return found
+
+
+NO_NATIVE = why_not_native()
+if NO_NATIVE:
+    print(f"fasttx: installing without native code, on PyTorch's own operations: {NO_NATIVE}.")
+PACKAGES = packages()
+
+setup(
+    packages=sorted(PACKAGES),
+    package_dir=PACKAGES,
+    package_data={"fasttx": ["py.typed"]},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": NinjaBuildExt, "build_py": BuildPy, "bdist_wheel": ManylinuxWheel},
+    zip_safe=False,
+)
