@@ -1,11 +1,12 @@
 """Builds what pyproject.toml cannot say: the native libraries, by a build.ninja of its own.
 
-fasttx/libfasttx.so  Python-free: the CPU kernels, one object per instruction set, the CUDA kernels where nvcc is found,
-                     and csrc/ops.cpp on torch's stable ABI: one file serves every torch from 2.11 on.
+fasttx/libfasttx.so  Python-free: the CPU kernels, one object per instruction set, the CUDA kernels
+                     where nvcc is found, and csrc/ops.cpp on torch's stable ABI: one file serves
+                     every torch from 2.11 on.
 fasttx/_C*.so        pybind11 without ATen, csrc/bind.cpp: queries and test hooks.
 
-Environment: FASTTX_NATIVE=0 (no native code), CXX, FASTTX_NVCC, FASTTX_CUDA=0|1 (default: where nvcc is found),
-FASTTX_CUDA_ARCHS (default "80;90a"), MAX_JOBS.
+Environment: FASTTX_NATIVE=0 (no native code), CXX, FASTTX_NVCC, FASTTX_CUDA=0|1 (default: where
+nvcc is found), FASTTX_CUDA_ARCHS (default "80;90a"), MAX_JOBS.
 """
 
 import fcntl
@@ -34,17 +35,17 @@ TORCH_MIN = (2, 11)  # the first torch whose stable ABI has all that csrc/ops.cp
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 # Instruction set -> compiler flags; csrc/cpu/dispatch.cpp picks one at run time.
-AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512".split()
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+AVX512 += ["-mprefer-vector-width=512"]
 ISA_FLAGS = {
     "default": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx2": AVX2,
     "avx512": AVX512,
     "avx512bf16": [*AVX512, "-mavx512bf16"],
 }
-CXX_FLAGS = (
-    "-std=c++20 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden "
-    "-fno-math-errno -fno-trapping-math -fopenmp-simd -Wall"
-).split()
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-Wall"]
 
 # The newest symbol versions a manylinux_2_34 wheel may need.
 MANYLINUX = "manylinux_2_34"
@@ -52,6 +53,7 @@ SYMBOL_LIMITS = {"GLIBC": (2, 34), "GLIBCXX": (3, 4, 29), "CXXABI": (1, 3, 13)}
 
 
 def cxx():
+    """The C++ compiler's command, as a list."""
     return shlex.split(os.environ.get("CXX", "g++"))
 
 
@@ -60,9 +62,10 @@ def why_not_native():
     if os.environ.get("FASTTX_NATIVE") == "0":
         return "it was installed with FASTTX_NATIVE=0"
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
-        return f"the native kernels are written for x86-64 Linux, this is {platform.machine()} {sys.platform}"
+        machine = f"{platform.machine()} {sys.platform}"
+        return f"the native kernels are written for x86-64 Linux, this is {machine}"
     if not shutil.which(cxx()[0]):
-        return f"no C++ compiler was found when fasttx was installed ({cxx()[0]}; set CXX to name another)"
+        return f"no C++ compiler ({cxx()[0]}; CXX names another) when it was installed"
     return None
 
 
@@ -71,34 +74,43 @@ def find_torch():
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(
-            "fasttx: the native code is built against the torch it will run with, and there is no torch here: install "
-            "torch >= 2.11, then pip install --no-build-isolation fasttx (or set FASTTX_NATIVE=0 to go without)."
+            "fasttx: the native code is built against the torch it will run with, and none is "
+            "installed here: install torch >= 2.11, then run pip install with "
+            "--no-build-isolation (FASTTX_NATIVE=0 installs fasttx without native code)."
         )
     version = importlib.metadata.version("torch")
     if tuple(int(n) for n in re.match(r"(\d+)\.(\d+)", version).groups()) < TORCH_MIN:
         raise SystemExit(
-            f"fasttx: torch {version} is too old, fasttx needs torch >= 2.11 (2.13.0 is what it is tested with)."
+            f"fasttx: torch {version} is too old: fasttx needs torch >= 2.11 (tested with 2.13.0)."
         )
     return Path(spec.submodule_search_locations[0])
 
 
 def find_nvcc():
-    """nvcc, or None where there is none, FASTTX_CUDA=0 says so, or there is nothing for it to compile."""
+    """nvcc; None where there is none, nothing for it to compile, or FASTTX_CUDA=0."""
     wanted = os.environ.get("FASTTX_CUDA", "")
     if wanted == "0" or not any(CSRC.glob("cuda/**/*.cu")):
         return None
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    places = [
-        os.environ.get("FASTTX_NVCC"),
-        shutil.which("nvcc"),
-        *(f"{h}/bin/nvcc" for h in homes if h),
-    ]
+    places = [os.environ.get("FASTTX_NVCC"), shutil.which("nvcc")]
+    places += [f"{home}/bin/nvcc" for home in homes if home]
     nvcc = next((p for p in places if p and os.access(p, os.X_OK)), None)
     if nvcc is None and wanted == "1":
         raise SystemExit(
-            "fasttx: FASTTX_CUDA=1 asks for the CUDA kernels, but no nvcc was found (FASTTX_NVCC names one)."
+            "fasttx: FASTTX_CUDA=1 asks for the CUDA kernels, but no nvcc was found; "
+            "FASTTX_NVCC names one."
         )
     return nvcc
+
+
+def escaped(*paths):
+    """Paths as ninja wants them in a build line."""
+    return " ".join(re.sub(r"([$ :])", r"$\1", str(path)) for path in paths)
+
+
+def shell(*words):
+    """Words as the shell that ninja calls wants them, `$` kept from ninja."""
+    return shlex.join(map(str, words)).replace("$", "$$")
 
 
 class Ninja:
@@ -107,9 +119,9 @@ class Ninja:
     def __init__(self, build_dir, nvcc):
         self.build_dir = build_dir
         self.lines = [
-            f"builddir = {build_dir}",
-            f"cxx = {shlex.join(cxx())}",
-            f"nvcc = {nvcc}",
+            f"builddir = {escaped(build_dir)}",
+            f"cxx = {shell(*cxx())}",
+            f"nvcc = {shell(nvcc)}",
             "rule cxx",
             "  command = $cxx -MD -MF $out.d $flags -c $in -o $out",
             "  description = $shown",
@@ -131,28 +143,28 @@ class Ninja:
     def object(self, source, flags, rule="cxx", level=None):
         name = source.relative_to(ROOT).as_posix()
         out = self.build_dir / (name.replace("/", "_") + (f".{level}" if level else "") + ".o")
-        self.lines += [f"build {out}: {rule} {source}", f"  flags = {' '.join(flags)}"]
+        self.lines += [f"build {escaped(out)}: {rule} {escaped(source)}"]
+        self.lines += [f"  flags = {shell(*flags)}"]
         self.lines += [f"  shown = compile {name}" + (f" [{level}]" if level else "")]
-        return str(out)
+        return out
 
     def link(self, out, objects, linker_flags, flags, exports, rule="link", after=()):
-        """Links a shared library of which only the symbols matching `exports` are seen from outside."""
+        """Links a shared library that shows only the symbols matching `exports`."""
         script = self.build_dir / f"{out.name}.map"
         text = f"{{ global: {exports}; local: *; }};\n"
         if not script.is_file() or script.read_text() != text:
             script.write_text(text)
-        wrap = "-Xlinker " if rule == "nvlink" else "-Wl,"
-        linker_flags = [wrap + f for f in [*linker_flags, f"--version-script={script}"]]
-        self.lines += [
-            f"build {out}: {rule} {' '.join(objects)} | {' '.join(map(str, [script, *after]))}"
-        ]
-        self.lines += [f"  flags = {' '.join([*linker_flags, *flags])}"]
+        words = []
+        for flag in [*linker_flags, f"--version-script={script}"]:
+            words += ["-Xlinker", flag]
+        inputs = f"{escaped(*objects)} | {escaped(script, *after)}"
+        self.lines += [f"build {escaped(out)}: {rule} {inputs}"]
+        self.lines += [f"  flags = {shell(*words, *flags)}"]
 
     def run(self):
         (self.build_dir / "build.ninja").write_text("\n".join(self.lines) + "\n")
-        ninja = shutil.which(
-            "ninja", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
-        )
+        path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
+        ninja = shutil.which("ninja", path=path)
         if ninja is None:
             raise SystemExit("fasttx: the build needs ninja (pip install ninja).")
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
@@ -193,44 +205,32 @@ class NinjaBuildExt(build_ext):
                 objects.append(ninja.object(source, flags))
                 continue
             for level, isa in ISA_FLAGS.items():
-                objects.append(
-                    ninja.object(source, [*flags, *isa, f"-DFASTTX_ISA=isa_{level}"], level=level)
-                )
+                isa_flags = [*flags, *isa, f"-DFASTTX_ISA=isa_{level}"]
+                objects.append(ninja.object(source, isa_flags, level=level))
         if nvcc:
             archs = os.environ.get("FASTTX_CUDA_ARCHS", "80;90a").replace(",", ";").split(";")
-            codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-            hidden = "-Xcompiler=-fPIC,-fvisibility=hidden"
+            cuda = ["-std=c++20", "-O3", "-lineinfo", "--threads", "2", f"-I{CSRC}"]
+            cuda += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
+            cuda += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
             for source in sorted(CSRC.glob("cuda/**/*.cu")):
-                cuda = ["-std=c++20 -O3 -lineinfo --threads 2", hidden, *codes, f"-I{CSRC}"]
                 objects.append(ninja.object(source, cuda, "nvcc"))
-        with_torch = [
-            f"-isystem {torch}/include",
-            TORCH_TARGET,
-            *(["-DFASTTX_WITH_CUDA"] if nvcc else []),
-        ]
-        objects.append(ninja.object(CSRC / "ops.cpp", [*flags, *with_torch]))
-        linker = ["--exclude-libs=ALL", "-zdefs", "-soname=libfasttx.so", "--no-as-needed"]
+        flags += ["-isystem", torch / "include", TORCH_TARGET]
+        flags += ["-DFASTTX_WITH_CUDA"] if nvcc else []
+        objects.append(ninja.object(CSRC / "ops.cpp", flags))
+        linker = ["--exclude-libs=ALL", "-z", "defs", "-soname=libfasttx.so", "--no-as-needed"]
         libraries = [f"-L{torch}/lib", "-ltorch_cpu", "-lc10"]
         ninja.link(library, objects, linker, libraries, "fasttx_*", "nvlink" if nvcc else "link")
 
     def plan_bindings(self, ninja, bindings, library):
         import pybind11
 
-        includes = [
-            f"-isystem {pybind11.get_include()}",
-            f"-isystem {sysconfig.get_path('include')}",
-        ]
-        flags = [*CXX_FLAGS, f"-I{CSRC}", *includes]
+        flags = [*CXX_FLAGS, f"-I{CSRC}"]
+        for include in (pybind11.get_include(), sysconfig.get_path("include")):
+            flags += ["-isystem", include]
         objects = [ninja.object(CSRC / "bind.cpp", flags)]
-        linker = ["--exclude-libs=ALL", "-rpath,'$$ORIGIN'"]
-        ninja.link(
-            bindings,
-            objects,
-            linker,
-            [f"-L{library.parent}", "-lfasttx"],
-            "PyInit__C",
-            after=[library],
-        )
+        linker = ["--exclude-libs=ALL", "-rpath=$ORIGIN"]
+        libraries = [f"-L{library.parent}", "-lfasttx"]
+        ninja.link(bindings, objects, linker, libraries, "PyInit__C", after=[library])
 
     def get_ext_filename(self, fullname):
         if fullname.rpartition(".")[2] == "libfasttx":
@@ -239,19 +239,17 @@ class NinjaBuildExt(build_ext):
 
 
 class BuildPy(build_py):
-    """Leaves fasttx/_build.json beside the modules, so that the installed package can say what it was built with."""
+    """Leaves fasttx/_build.json beside the modules: why the package holds no native code."""
 
     def run(self):
         super().run()
         place = ROOT / "fasttx" if self.editable_mode else Path(self.build_lib, "fasttx")
         place.mkdir(parents=True, exist_ok=True)
-        (place / "_build.json").write_text(
-            json.dumps({"native": NO_NATIVE is None, "reason": NO_NATIVE}) + "\n"
-        )
+        (place / "_build.json").write_text(json.dumps({"no_native": NO_NATIVE}) + "\n")
 
 
 class ManylinuxWheel(bdist_wheel):
-    """Tags the wheel manylinux_2_34 if the libraries in it keep within that policy's symbol versions."""
+    """Tags the wheel manylinux_2_34 if its libraries keep within that policy's symbol versions."""
 
     def get_tag(self):
         python, abi, plat = super().get_tag()
@@ -262,13 +260,13 @@ class ManylinuxWheel(bdist_wheel):
 
 
 def within_manylinux(library):
-    out = subprocess.run(
-        ["readelf", "--version-info", "--wide", library], capture_output=True, text=True
-    )
-    needed = re.findall(r"Name: (GLIBC|GLIBCXX|CXXABI)_([\d.]+)", out.stdout)
-    return bool(needed) and all(
-        tuple(map(int, v.split("."))) <= SYMBOL_LIMITS[k] for k, v in needed
-    )
+    """Whether no symbol version that the library needs is newer than the policy allows."""
+    if not shutil.which("readelf"):
+        return False
+    command = ["readelf", "--version-info", "--wide", str(library)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    needed = re.findall(r"Name: (GLIBC|GLIBCXX|CXXABI)_([\d.]+)", text)
+    return all(tuple(map(int, v.split("."))) <= SYMBOL_LIMITS[name] for name, v in needed)
 
 
 def extensions():
@@ -279,19 +277,18 @@ def extensions():
         names.append("fasttx._C")
     else:
         print(
-            "fasttx: building without fasttx._C, which serves tests only: Python.h (python3-dev) is not installed."
+            "fasttx: building without fasttx._C, which serves queries and tests: "
+            "Python.h is not installed (python3-dev)."
         )
     return [Extension(name, []) for name in names]
 
 
 def packages():
-    """Package name -> folder; kernels/ and benchmarks/ stand at the top level and install inside fasttx."""
+    """Package name -> folder: kernels/ and benchmarks/ are installed inside fasttx."""
     found = {}
     for room in ("fasttx", "kernels", "benchmarks"):
-        for folder in {
-            room,
-            *(p.parent.relative_to(ROOT).as_posix() for p in ROOT.glob(f"{room}/**/*.py")),
-        }:
+        files = [ROOT / room / "any.py", *ROOT.glob(f"{room}/**/*.py")]
+        for folder in {file.parent.relative_to(ROOT).as_posix() for file in files}:
             name = folder.replace("/", ".")
             found[name if room == "fasttx" else f"fasttx.{name}"] = folder
     return found
