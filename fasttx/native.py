@@ -1,0 +1,127 @@
+"""Loading fasttx/libfasttx.so, and the reasons when it cannot be had."""
+
+import ctypes
+import json
+import os
+import re
+import sys
+import threading
+from pathlib import Path
+
+LIBRARY = Path(__file__).with_name("libfasttx.so")
+TORCH_MIN = (2, 11)
+
+# Instruction-set levels, lowest first: the flags of /proc/cpuinfo that each one asks for beyond the last.
+LEVELS = {
+    "default": (),
+    "avx2": ("avx2", "fma", "f16c"),
+    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    "avx512bf16": ("avx512_bf16",),
+}
+
+_lock = threading.Lock()
+_loaded = False
+_reason: str | None = None
+
+
+def supported_levels() -> list[str]:
+    """The instruction-set levels this CPU can run, lowest first."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ["default"]
+    line = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    flags = set(line.group(1).split()) if line else set()
+    levels = []
+    for level, needed in LEVELS.items():
+        if not flags.issuperset(needed):
+            break
+        levels.append(level)
+    return levels
+
+
+def check_cpu_isa() -> None:
+    """Raise ValueError where FASTTX_CPU_ISA names no level, or one this CPU cannot run."""
+    wanted = os.environ.get("FASTTX_CPU_ISA")
+    if not wanted:
+        return
+    if wanted not in LEVELS:
+        raise ValueError(
+            f"FASTTX_CPU_ISA={wanted!r} is unknown; the levels are {', '.join(LEVELS)}"
+        )
+    if wanted not in (supported := supported_levels()):
+        raise ValueError(
+            f"FASTTX_CPU_ISA={wanted!r} is not supported by this CPU, which runs {', '.join(supported)}"
+        )
+
+
+def load() -> None:
+    """Load the native library into torch, once; RuntimeError with the reason where it cannot be had.
+
+    Safe to call from several threads. FASTTX_CPU_ISA is read now: later changes have no effect.
+    """
+    if reason := unavailable():
+        raise RuntimeError(f"fasttx's native library is not available: {reason}")
+
+
+def unavailable() -> str | None:
+    """Why the native library cannot be had, or None: then it is loaded.
+
+    Raises ValueError for a FASTTX_CPU_ISA that cannot be honoured.
+    """
+    global _loaded, _reason
+    if _loaded:
+        return None
+    if os.environ.get("FASTTX_NATIVE") == "0":
+        return "FASTTX_NATIVE=0 is set"
+    check_cpu_isa()
+    with _lock:
+        if not _loaded and _reason is None:
+            _reason = _load()
+            _loaded = _reason is None
+    return _reason
+
+
+def cpu_isa() -> str | None:
+    """The instruction-set level whose CPU kernels run, or None where the library cannot be had."""
+    if unavailable():
+        return None
+    function = ctypes.CDLL(str(LIBRARY)).fasttx_cpu_isa
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+def has_cuda_kernels() -> bool:
+    """Whether the library was built with the CUDA C++ kernels."""
+    if unavailable():
+        return False
+    return hasattr(ctypes.CDLL(str(LIBRARY)), "fasttx_cuda_device_count")
+
+
+def _load() -> str | None:
+    if not LIBRARY.is_file():
+        return _why_not_built()
+    import torch
+
+    version = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
+    if version < TORCH_MIN:
+        return f"torch {torch.__version__} is too old: fasttx needs torch >= 2.11"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return (
+            f"it could not be loaded into torch {torch.__version__}: {str(error).splitlines()[0]}"
+        )
+    return None
+
+
+def _why_not_built() -> str:
+    try:
+        why = json.loads(LIBRARY.with_name("_build.json").read_text())["no_native"]
+    except (OSError, ValueError, KeyError):
+        why = None
+    if sys.platform != "linux":
+        why = why or f"the native kernels are written for x86-64 Linux, this is {sys.platform}"
+    if why:
+        return f"fasttx was installed without it: {why}"
+    return "it has not been built: run `make build`, or pip install --no-build-isolation --no-deps -e ."
