@@ -11,7 +11,7 @@ from pathlib import Path
 LIBRARY = Path(__file__).with_name("libfasttx.so")
 TORCH_MIN = (2, 11)
 
-# Instruction-set levels, lowest first: the flags of /proc/cpuinfo that each one asks for beyond the last.
+# Instruction-set levels, lowest first: the flags of /proc/cpuinfo each needs beyond the last's.
 LEVELS = {
     "default": (),
     "avx2": ("avx2", "fma", "f16c"),
@@ -51,12 +51,12 @@ def check_cpu_isa() -> None:
         )
     if wanted not in (supported := supported_levels()):
         raise ValueError(
-            f"FASTTX_CPU_ISA={wanted!r} is not supported by this CPU, which runs {', '.join(supported)}"
+            f"FASTTX_CPU_ISA={wanted!r} is more than this CPU has, which runs {', '.join(supported)}"
         )
 
 
 def load() -> None:
-    """Load the native library into torch, once; RuntimeError with the reason where it cannot be had.
+    """Load the native library into torch, once; RuntimeError where it cannot be had.
 
     Safe to call from several threads. FASTTX_CPU_ISA is read now: later changes have no effect.
     """
@@ -124,4 +124,4 @@ def _why_not_built() -> str:
         why = why or f"the native kernels are written for x86-64 Linux, this is {sys.platform}"
     if why:
         return f"fasttx was installed without it: {why}"
-    return "it has not been built: run `make build`, or pip install --no-build-isolation --no-deps -e ."
+    return "not built: run `make build`, or `pip install --no-build-isolation --no-deps -e .`"
