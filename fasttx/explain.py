@@ -1,0 +1,52 @@
+"""What a call of a public function would run, and why not the other kernels."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .op import captured
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call would run. rows: (op, backend, reason to refuse or None, chosen)."""
+
+    rows: tuple[tuple[str, str, str | None, bool], ...]
+
+    def chosen(self, op: str) -> str | None:
+        return next((b for o, b, _, c in self.rows if o == op and c), None)
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{'->' if c else '  '} {op:16} {backend:10} {why or ('runs' if c else 'supports it')}"
+            for op, backend, why, c in self.rows
+        )
+
+
+def explain(function: Callable, *args, **kwargs) -> Explanation:
+    """Say which kernel a call of a public function would run, forward and backward, and why not the others. Runs nothing.
+
+    >>> print(fasttx.explain(fasttx.attention, q, k, v, is_causal=True))
+    """
+    calls: list = []
+    token = captured.set(calls)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            tensors = lambda x: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x  # noqa: E731
+            function(*map(tensors, args), **{k: tensors(v) for k, v in kwargs.items()})
+    finally:
+        captured.reset(token)
+    rows = []
+    for op, call, backend in calls:
+        named = dict(zip(op.at, call, strict=False))
+        paired = [] if op.backward is None else [(op.backward, tuple(named.get(n, call[0]) for n in op.backward.at))]
+        for each, values in [(op, call), *paired]:
+            found = False
+            for kernel, why in each.refusals(values):
+                why = why or ("only when asked for by name" if kernel.needs.by_name and not backend else None)
+                why = f"backend={backend!r} was asked for" if backend and kernel.backend != backend else why
+                rows.append((each.name, kernel.backend, why, why is None and not found))
+                found = found or why is None
+    return Explanation(tuple(rows))

@@ -1,0 +1,189 @@
+"""The contract of an op.
+
+One annotated `alloc` function an op direction. Its annotations are the schema; under a fake or meta tensor it is
+the fake kernel; in the real body it allocates the outputs, and the first kernel of the op's ordered table whose
+`Needs` has no reason to refuse fills them. So fake and real cannot drift, and every backend has one calling
+convention: `kernel(*outputs, *args)`, fill every element, return nothing.
+"""
+
+import contextlib
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+
+LIB = torch.library.Library("fasttx", "DEF")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+OPS: dict[str, "Op"] = {}
+
+# A test replaces freshly allocated outputs through this, to poison and guard them.
+allocation_hook: Callable[[tuple], tuple] | None = None
+# While `explain` runs a door under fake tensors, the calls it made.
+captured: ContextVar[list | None] = ContextVar("captured", default=None)
+_told: set[str] = set()
+
+
+def strict() -> bool:
+    """FASTTX_STRICT=1: running the reference because every kernel refused is an error, not a warning."""
+    return os.environ.get("FASTTX_STRICT", "0") not in ("", "0")
+
+
+@functools.cache
+def _compute_capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return major * 10 + minor
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a kernel can do, as data. `refuse` gives the first reason against a call, or None.
+
+    dtypes: allowed dtypes of the argument named by `dtype_of`. sizes: {"q.3": (low, high)} bounds on dimensions.
+    absent: arguments that must be None, False or 0. sm: least compute capability. env: a variable that must be
+    set to a value. by_name: never chosen unless asked for.
+    """
+
+    dtypes: tuple[torch.dtype, ...] | None = FLOATS
+    dtype_of: str = "q"
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+    sm: int = 0
+    env: tuple[str, str] | None = None
+    by_name: bool = False
+
+    def refuse(self, args: tuple, at: Mapping[str, int]) -> str | None:
+        if self.dtypes is not None and (dtype := args[at[self.dtype_of]].dtype) not in self.dtypes:
+            return f"needs {' or '.join(map(_short, self.dtypes))}, got {_short(dtype)}"
+        for key, (low, high) in self.sizes.items():
+            name, _, dim = key.partition(".")
+            if not low <= (size := args[at[name]].shape[int(dim)]) <= high:
+                return f"needs {low} <= {name}.shape[{dim}] <= {high}, got {size}"
+        for name in self.absent:
+            value = args[at[name]]
+            if value is not None and (isinstance(value, torch.Tensor) or value):
+                return f"does not support {name}"
+        if self.env and os.environ.get(self.env[0]) != self.env[1]:
+            return f"needs {self.env[0]}={self.env[1]}"
+        if self.sm and (have := _compute_capability(args[0].device.index or 0)) < self.sm:
+            return f"needs compute capability {self.sm / 10}, this device has {have / 10}"
+        return None
+
+
+@dataclass
+class Kernel:
+    """One row of an op's table: `target` is "module:function" or "native:function" in libfasttx."""
+
+    backend: str
+    target: str
+    needs: Needs = Needs()
+    function: Callable | None = None
+
+    def unavailable(self) -> str | None:
+        """Resolve the target on first use; the reason it cannot be had, or None."""
+        if self.function is None:
+            module, _, name = self.target.partition(":")
+            if module == "native":
+                from . import native
+
+                if reason := native.unavailable():
+                    return reason
+                native.load()
+                self.function = getattr(torch.ops.fasttx_native, name).default
+                return None
+            try:
+                self.function = getattr(importlib.import_module(module), name)
+            except ImportError as error:
+                return f"cannot be imported: {error}"
+        return None
+
+    def refuse(self, args: tuple, at: Mapping[str, int]) -> str | None:
+        return self.needs.refuse(args, at) or (self.unavailable() if self.function is None else None)
+
+
+class Op:
+    """`torch.ops.fasttx.<alloc's name>`: schema and fake from `alloc`, body from the first kernel that supports the call."""
+
+    def __init__(self, alloc: Callable, mutates: tuple[str, ...] = ()):
+        self.name, self.alloc = alloc.__name__, alloc
+        self.tables: dict[str, list[Kernel]] = {}
+        self.backward: Op | None = None
+        self.public = self.name.rpartition("_")[0] or self.name
+        arguments, _, returns = torch.library.infer_schema(alloc, mutates_args=mutates).rpartition(") ->")
+        LIB.define(f"{self.name}{arguments}, *, str? backend=None) ->{returns}")
+        LIB.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fasttx::{self.name}", self._fake, lib=LIB)
+        self.overload = getattr(torch.ops.fasttx, self.name).default
+        self.at = {a.name: i for i, a in enumerate(self.overload._schema.arguments)}
+        OPS[self.name] = self
+
+    def __call__(self, *args, backend: str | None = None):
+        return self.overload(*args, backend=backend)
+
+    def kernels(self, **tables: list[Kernel]) -> None:
+        """The ordered tables, one a device type; the first kernel that does not refuse runs."""
+        self.tables = tables
+
+    def backends(self) -> list[str]:
+        return list(dict.fromkeys(k.backend for table in self.tables.values() for k in table))
+
+    def _fake(self, *args, backend=None):
+        if (calls := captured.get()) is not None:
+            calls.append((self, args, backend))
+        return self.alloc(*args)
+
+    def _run(self, *args, backend=None):
+        if torch.is_grad_enabled():
+            for a in args:
+                if isinstance(a, torch.Tensor) and a.requires_grad:
+                    raise RuntimeError(
+                        f"torch.ops.fasttx.{self.name} has no gradient of its own and was called on an input that "
+                        f"requires grad: call fasttx.{self.public}"
+                    )
+        kernel = self.pick(args, backend)
+        device = args[0].device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            outputs = self.alloc(*args)
+            several = isinstance(outputs, tuple)
+            if allocation_hook is not None:
+                outputs = allocation_hook(outputs if several else (outputs,))
+                outputs = outputs if several else outputs[0]
+            kernel.function(*(outputs if several else (outputs,)), *args)
+        return outputs
+
+    def pick(self, args: tuple, backend: str | None = None) -> Kernel:
+        """The kernel that runs this call; NotImplementedError with every reason where there is none."""
+        table = self.tables.get(args[0].device.type, ())
+        for kernel in table:
+            if backend == kernel.backend if backend else not kernel.needs.by_name:
+                if kernel.refuse(args, self.at) is None:
+                    if backend is None and kernel.backend == "reference":
+                        self._tell_reference(args)
+                    return kernel
+        raise NotImplementedError(
+            f"fasttx.{self.public}: no kernel of backend={backend!r} runs this call on {args[0].device.type}\n"
+            + self._reasons(args)
+        )
+
+    def refusals(self, args: tuple) -> list[tuple[Kernel, str | None]]:
+        """Every kernel for this device with its reason to refuse the call, or None."""
+        return [(k, k.refuse(args, self.at)) for k in self.tables.get(args[0].device.type, ())]
+
+    def _reasons(self, args: tuple) -> str:
+        return "\n".join(f"  {k.backend}: {why or 'supports it'}" for k, why in self.refusals(args))
+
+    def _tell_reference(self, args: tuple) -> None:
+        text = f"fasttx.{self.public} runs on the plain PyTorch reference, in O(S x T) memory, because\n" + self._reasons(args)
+        if strict():
+            raise RuntimeError(text + "\n(FASTTX_STRICT=1)")
+        if self.name not in _told:
+            _told.add(self.name)
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""Plain PyTorch: the authority in tests, and a backend like any other."""
