@@ -44,7 +44,7 @@ def _logits(q, k, mask, slopes, positions, table, lut, scale, softcap, left, rig
         x, slope = softcap * capped, 1 - capped.square()
     if slopes is not None:
         at = torch.arange(T, device=q.device) if positions is None else positions[:, None, None, :]
-        x = x + slopes.to(x.dtype)[:, :, None, None] * at
+        x = x + (slopes[:, :, None, None] * at).to(x.dtype)
     if table is not None:
         x = x + relative_bias(table.to(x.dtype), lut, S, T, bias_shift)
     visible = visible_band(S, T, left, right, lower_right, q.device)
@@ -84,9 +84,9 @@ def _dense_math(q, k, v, mask, slopes, positions, table, lut, seed, scale, softc
     return _product(p, v, used), lse.squeeze(-1)
 
 
-def attention_math(q, k, v, mask, slopes, positions, table, lut, cu_q, cu_k, seed, scale, softcap, dropout_p, left, right, lower_right, bias_shift):
-    """(out, lse) in fp32 (fp64 for fp64), differentiable; the arguments of attention_fwd."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+def attention_math(q, k, v, mask, slopes, positions, table, lut, cu_q, cu_k, seed, scale, softcap, dropout_p, left, right, lower_right, bias_shift, compute=None):
+    """(out, lse), differentiable; the arguments of attention_fwd. compute: the dtype of every step, fp32 where None (fp64 for fp64)."""
+    wide = compute or torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
     rest = (scale, softcap, dropout_p, left, right, lower_right, bias_shift)
     if cu_q is None:
