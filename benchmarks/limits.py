@@ -1,0 +1,82 @@
+"""What the machine itself can do, measured in the same run: the yardstick of every share column."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from .harness import Clock, clock_for
+
+GEMM_SIZE = 1024
+GPU_GEMM_SIZE = 8192
+BANDWIDTH_BYTES = 128 << 20
+REPEATS = 5
+
+
+@dataclass
+class Limits:
+    """Best of a few tries each, on ``threads`` threads: FLOP/s and byte/s.
+
+    ``gemm``: torch's own square matrix product per dtype. ``peak``: a loop of nothing but
+    multiply-add instructions in registers, where the native library offers that probe.
+    ``read``: sum of a large array. ``copy``: bytes read plus bytes written.
+    """
+
+    device: str
+    threads: int
+    gemm: dict[str, float] = field(default_factory=dict)
+    peak: dict[str, float] = field(default_factory=dict)
+    read: float = 0.0
+    copy: float = 0.0
+
+    def flops(self, dtype: str) -> tuple[float, str] | None:
+        """The highest arithmetic rate seen for a dtype, and where it was seen."""
+        found = []
+        if self.gemm.get(dtype):
+            found.append((self.gemm[dtype], f"torch {dtype} matrix product, {self.threads} thr."))
+        if self.peak.get(dtype):
+            found.append((self.peak[dtype], f"{dtype} multiply-add peak, {self.threads} thr."))
+        return max(found, default=None)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(device: torch.device, threads: int, dtypes: dict[str, torch.dtype]) -> Limits:
+    clock = clock_for(device, threads)
+    limits = Limits(str(device), threads)
+    size = GPU_GEMM_SIZE if device.type == "cuda" else GEMM_SIZE
+    for name, dtype in dtypes.items():
+        limits.gemm[name] = 2.0 * size**3 / _gemm_seconds(size, dtype, device, clock)
+        peak = _native_peak(name) if device.type == "cpu" else 0.0
+        if peak:
+            limits.peak[name] = peak * threads
+    source = torch.ones(BANDWIDTH_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    limits.read = source.nbytes / _best(clock, source.sum)
+    limits.copy = 2.0 * source.nbytes / _best(clock, lambda: target.copy_(source))
+    return limits
+
+
+def _gemm_seconds(size: int, dtype: torch.dtype, device: torch.device, clock: Clock) -> float:
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    out = torch.empty_like(a)
+    return _best(clock, lambda: torch.mm(a, b, out=out))
+
+
+def _best(clock: Clock, call) -> float:
+    call()
+    return min(clock.measure(call, 1)[0] for _ in range(REPEATS))
+
+
+def _native_peak(dtype: str) -> float:
+    """FLOP/s of one thread from the probe in ``fasttx._C``; 0 where there is none."""
+    try:
+        probe = getattr(importlib.import_module("fasttx._C"), "cpu_peak", None)
+        return float(probe(dtype)) * 1e9 if probe is not None else 0.0
+    except (ImportError, ValueError, RuntimeError):
+        return 0.0

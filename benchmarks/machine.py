@@ -1,0 +1,107 @@
+"""What was measured on: processor, memory, versions, load, in words a reader can compare."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("fasttx", "torch", "triton", "transformers", "numpy")
+
+
+def describe() -> dict[str, Any]:
+    cpu = _cpuinfo()
+    flags = set(cpu.get("flags", "").split())
+    facts: dict[str, Any] = {
+        "cpu": cpu.get("model name", platform.processor() or platform.machine()),
+        "cpu_family": int(cpu.get("cpu family", -1)),
+        "cpu_model": int(cpu.get("model", -1)),
+        "cores": len(os.sched_getaffinity(0)),
+        "isa": isa(flags),
+        "hypervisor": "hypervisor" in flags,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "load_average": list(os.getloadavg()),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "commit": _commit(),
+        "environment": {
+            key: value
+            for key, value in sorted(os.environ.items())
+            if key.startswith(("FASTTX_", "OMP_", "MKL_", "ONEDNN_", "DNNL_", "KMP_"))
+        },
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        facts["gpu"] = properties.name
+        facts["gpu_arch"] = f"sm_{properties.major}{properties.minor}"
+        facts["gpu_memory_bytes"] = properties.total_memory
+        facts["cuda"] = torch.version.cuda
+    facts["class"] = machine_class(facts)
+    return facts
+
+
+def isa(flags: set[str]) -> str:
+    """The best instruction set of those fasttx builds for."""
+    if "amx_bf16" in flags:
+        return "amx_bf16"
+    if "avx512_bf16" in flags:
+        return "avx512_bf16"
+    if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
+        return "avx512"
+    return "avx2" if {"avx2", "fma"} <= flags else "baseline"
+
+
+def machine_class(facts: dict[str, Any]) -> str:
+    """The folder name results are kept under, e.g. cpu-amd-zen5-avx512_bf16."""
+    if "gpu" in facts:
+        return "gpu-" + facts["gpu"].lower().replace(" ", "-")
+    name = facts["cpu"].lower()
+    vendor = next((v for v in ("amd", "intel", "arm", "apple") if v in name), platform.machine())
+    core = _core_name(vendor, facts["cpu_family"], facts["cpu_model"])
+    return "-".join(part for part in ("cpu", vendor, core, facts["isa"]) if part)
+
+
+def _core_name(vendor: str, family: int, model: int) -> str:
+    if vendor == "amd" and family == 26:
+        return "zen5"
+    if vendor == "amd" and family == 25:
+        return "zen4" if model in range(0x10, 0x20) or model >= 0x60 else "zen3"
+    return f"family{family}-model{model}" if family >= 0 else ""
+
+
+def _cpuinfo() -> dict[str, str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The checkout's commit with + for uncommitted changes; None where there is no checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+            cwd=root, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run.stdout.strip()

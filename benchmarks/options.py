@@ -1,0 +1,137 @@
+"""What was asked for, checked before anything runs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from . import ops, providers
+from .ops.attention_case import DIRECTIONS, DTYPES
+
+MODELS = ("bert",)
+KINDS = {"op": ops.NAMES, "model": MODELS}
+SUITES = ("quick", "full", "musts")
+BACKENDS = ("cpu", "triton", "reference", "torch")
+MAX_SIZE = 1 << 17
+
+
+class UsageError(ValueError):
+    """One clear line for the user; the command ends with exit code 2."""
+
+
+@dataclass
+class Options:
+    """See ``fasttx bench --help``. ``sizes`` empty means the suite's own cases."""
+
+    ops: tuple[str, ...] = ops.NAMES
+    models: tuple[str, ...] = MODELS
+    suite: str = "quick"
+    sizes: tuple[int, ...] = ()
+    batch: int = 1
+    heads: int = 12
+    head_dim: int = 64
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    directions: tuple[str, ...] = ("forward", "backward")
+    providers: tuple[str, ...] = ()
+    backend: str | None = None
+    threads: tuple[int, ...] = (1,)
+    device: str = "cpu"
+    budget_s: float | None = None
+    memory: bool = False
+    csv: Path | None = None
+    json: Path | None = None
+    out: Path | None = None
+    command: str = "fasttx bench"
+    notes: list[str] = field(default_factory=list)
+
+
+def split(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def choose(what: str, given: str | None, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    """A comma-separated choice among names."""
+    for name in split(given):
+        if name not in allowed:
+            raise UsageError(f"unknown {what} {name!r}: choose from {', '.join(allowed)}")
+    return tuple(dict.fromkeys(split(given)))
+
+
+def targets(words: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(ops, models) of ``op attention model bert`` or just ``attention bert``; none means all."""
+    found: dict[str, list[str]] = {"op": [], "model": []}
+    kind = None
+    for word in words:
+        if word in KINDS:
+            kind = word
+            found[kind] = found[kind] or list(KINDS[kind])
+            bare = True
+            continue
+        home = next((k for k, names in KINDS.items() if word in names and kind in (None, k)), None)
+        if home is None:
+            raise UsageError(f"unknown {kind or 'op or model'} {word!r}: {_known(kind)}")
+        if kind == home and bare:
+            found[home], bare = [], False
+        found[home].append(word)
+    if not words:
+        return KINDS["op"], KINDS["model"]
+    return tuple(dict.fromkeys(found["op"])), tuple(dict.fromkeys(found["model"]))
+
+
+def _known(kind: str | None) -> str:
+    kinds = [kind] if kind else list(KINDS)
+    return "; ".join(f"{k}s are {', '.join(KINDS[k])}" for k in kinds)
+
+
+def sizes(what: str, given: str | None) -> tuple[int, ...]:
+    """Positive sizes, comma-separated, each at most 131072."""
+    found = []
+    for part in split(given):
+        try:
+            size = int(part)
+        except ValueError:
+            size = 0
+        if not 1 <= size <= MAX_SIZE:
+            raise UsageError(f"{what} must be whole numbers from 1 to {MAX_SIZE}, got {part!r}")
+        found.append(size)
+    return tuple(dict.fromkeys(found))
+
+
+def thread_counts(given: str | None) -> tuple[int, ...]:
+    cores = len(os.sched_getaffinity(0))
+    counts = sizes("--threads", given) or (1,)
+    for count in counts:
+        if count > cores:
+            raise UsageError(f"--threads must be at most the {cores} cores usable here, got {count}")
+    return counts
+
+
+def device(given: str | None) -> str:
+    if given is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if given not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device {given!r}: choose from cpu, cuda")
+    if given == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device here")
+    return given
+
+
+def provider_names(given: str | None) -> tuple[str, ...]:
+    known = tuple(providers.find())
+    chosen = choose("provider", given, known)
+    for name in chosen:
+        why = providers.find()[name].reason()
+        if why is not None:
+            raise UsageError(f"provider {name!r} cannot be used here: {why}")
+    return chosen
+
+
+def dtypes(given: str | None) -> tuple[str, ...]:
+    return choose("dtype", given, tuple(DTYPES)) or ("fp32", "bf16")
+
+
+def directions(given: str | None) -> tuple[str, ...]:
+    return choose("direction", given, DIRECTIONS) or ("forward", "backward")

@@ -1,0 +1,27 @@
+"""Who is measured beside fasttx. A provider is one module here, found by import.
+
+A provider module has ``NAME`` (how rows and ``--provider`` call it), ``LABEL`` (for people),
+``COMPILES`` (its first call compiles), ``reason()`` (None, or why it cannot be used here) and one
+function an op, named after it: ``attention(case, x, check) -> call``. ``call()`` computes the op on
+the tensors of ``x``; it raises :class:`Skip` where the provider does not do such a case.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+ORDER = ("fasttx", "sdpa", "eager", "torch_compile")
+
+
+class Skip(Exception):
+    """This provider does not do this case; the message says why."""
+
+
+def find() -> dict[str, ModuleType]:
+    """Every provider module by name, the known ones first; usable or not (ask ``reason()``)."""
+    names = {info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_")}
+    ordered = [name for name in ORDER if name in names] + sorted(names - set(ORDER))
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in ordered]
+    return {module.NAME: module for module in modules}
