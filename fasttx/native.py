@@ -51,7 +51,7 @@ def check_cpu_isa() -> None:
         )
     if wanted not in (supported := supported_levels()):
         raise ValueError(
-            f"FASTTX_CPU_ISA={wanted!r} is more than this CPU has, which runs {', '.join(supported)}"
+            f"FASTTX_CPU_ISA={wanted!r} is more than this CPU has; it runs {', '.join(supported)}"
         )
 
 
