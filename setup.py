@@ -287,6 +287,8 @@ def packages():
     """Package name -> folder: kernels/ and benchmarks/ are installed inside fasttx."""
     found = {}
     for room in ("fasttx", "kernels", "benchmarks"):
+        if not (ROOT / room).is_dir():
+            continue
         files = [ROOT / room / "any.py", *ROOT.glob(f"{room}/**/*.py")]
         for folder in {file.parent.relative_to(ROOT).as_posix() for file in files}:
             name = folder.replace("/", ".")
