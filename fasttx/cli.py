@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import native
+from . import __version__, native
 
 ENVIRONMENT = {
     "FASTTX_NATIVE": "0: leave the native library alone (at install time: do not build it)",
@@ -39,10 +39,15 @@ UsageError = typer.BadParameter.__base__
 ClickException = UsageError.__base__
 
 app = typer.Typer(
-    add_completion=False, rich_markup_mode=None, help="Fast transformer kernels for PyTorch."
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Fast transformer kernels for PyTorch.",
 )
 explain_app = typer.Typer(
-    rich_markup_mode=None, help="Say what a call would run, and why not the other kernels."
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Say what a call would run, and why not the other kernels.",
 )
 app.add_typer(explain_app, name="explain")
 
@@ -53,7 +58,7 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ):
     if version:
-        print(importlib.metadata.version("fasttx"))
+        print(__version__)
     elif ctx.invoked_subcommand is None:
         print(ctx.get_help())
 
@@ -266,7 +271,7 @@ def _grid(title, rows):
 
 
 def _versions():
-    yield "fasttx", importlib.metadata.version("fasttx")
+    yield "fasttx", __version__
     yield "Python", f"{platform.python_version()} on {platform.system()} {platform.release()}"
     for package in ("torch", "triton", "transformers"):
         try:
