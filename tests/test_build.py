@@ -310,12 +310,58 @@ def test_rooms_are_installed_inside_fasttx(setup_script):
         assert packages[folder.replace("/", ".")] == folder
 
 
-def test_each_torch_gets_its_triton():
+@pytest.fixture
+def tool(monkeypatch):
+    """tools/environment.py with a pip that only writes down its arguments: (module, calls)."""
     tool = load_script(ROOT / "tools" / "environment.py")
+    calls = []
+
+    def run(command, **kwargs):
+        calls.append([word for word in command[3:] if word != "-q"])
+        return subprocess.CompletedProcess(command, 1 if "+cpu" in command[-1] else 0)
+
+    monkeypatch.setattr(tool.subprocess, "run", run)
+    monkeypatch.delenv("TORCH_INSTALL", raising=False)
+    tool.calls = calls
+    return tool
+
+
+def test_each_torch_gets_its_triton(tool):
     assert tool.triton_for("2.13.0+cpu") == "triton==3.7.1"
     assert tool.triton_for("2.11.0") == "triton==3.6.0"
     assert tool.triton_for("9.9.0") == "triton>=3.6"
     assert not [name for name in tool.requirements() if re.match(r"torch\b", name)]
+
+
+def test_torch_is_installed_as_asked(tool, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_INSTALL", "torch==2.13.0 --index-url 'file:///some where'")
+    tool.install_torch("python")
+    assert tool.calls == [["install", "torch==2.13.0", "--index-url", "file:///some where"]]
+    assert "TORCH_INSTALL" in capsys.readouterr().err
+
+
+def test_cpu_build_of_torch_is_looked_for_first(tool, monkeypatch, capsys):
+    monkeypatch.setattr(tool, "has_gpu", lambda: False)
+    tool.install_torch("python")
+    assert tool.calls == [["install", "torch==2.13.0+cpu"], ["install", "torch==2.13.0"]]
+    said = capsys.readouterr().err
+    assert "200 MB" in said
+    assert "2.5 GB" in said
+    assert "TORCH_INSTALL" in said
+
+
+def test_gpu_machine_gets_the_standard_torch(tool, monkeypatch, capsys):
+    monkeypatch.setattr(tool, "has_gpu", lambda: True)
+    tool.install_torch("python")
+    assert tool.calls == [["install", "torch==2.13.0"]]
+    assert "2.5 GB" in capsys.readouterr().err
+
+
+def test_failed_install_of_torch_is_one_sentence(tool, monkeypatch):
+    monkeypatch.setattr(tool, "has_gpu", lambda: True)
+    monkeypatch.setattr(tool, "pip", lambda *args, **kwargs: 1)
+    with pytest.raises(SystemExit, match=r"torch 2\.13\.0 could not be installed"):
+        tool.install_torch("python")
 
 
 @pytest.mark.slow
@@ -344,9 +390,8 @@ def test_wheel_runs_where_there_is_no_compiler(tmp_path):
 
 @pytest.mark.slow
 def test_sdist_holds_every_source(tmp_path):
-    pytest.importorskip("build")
-    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", str(tmp_path)]
-    subprocess.run([*command, str(ROOT)], check=True, capture_output=True, env=environment())
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=environment())
     (sdist,) = tmp_path.glob("*.tar.gz")
     out = subprocess.run(["tar", "-tzf", sdist], capture_output=True, text=True, check=True).stdout
     names = {name.partition("/")[2] for name in out.splitlines()}
