@@ -7,8 +7,8 @@ much as plain PyTorch in the same dtype (``GRAD_FACTOR`` for gradients), plus on
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Mapping
 
 import torch
 from torch import Tensor
@@ -19,15 +19,15 @@ GRAD_FACTOR = 3.0
 
 @dataclass(frozen=True)
 class Error:
-    """Distance of one tensor from its fp64 value."""
+    """Distance of one tensor from its fp64 value; scale = max |expected|."""
 
     rms: float
     largest: float
     scale: float
 
     @staticmethod
-    def between(actual: Tensor, expected: Tensor) -> "Error":
-        """rms = |actual - expected| / |expected|; largest = max |difference|; scale = max |expected|."""
+    def between(actual: Tensor, expected: Tensor) -> Error:
+        """rms = |actual - expected| / |expected|; largest = max |actual - expected|."""
         if actual.shape != expected.shape:
             return Error(float("inf"), float("inf"), 0.0)
         if expected.numel() == 0:
@@ -58,13 +58,11 @@ class Verdict:
 
     @property
     def mark(self) -> str:
-        return {True: "✓", False: "✗", None: "–"}[self.ok]
+        return {True: "✓", False: "✗", None: "-"}[self.ok]
 
 
-def judge(
-    errors: Mapping[str, Error], plain: Mapping[str, Error], dtype: torch.dtype
-) -> Verdict:
-    """Compares a provider's errors with those of plain PyTorch; names starting with d are gradients."""
+def judge(errors: Mapping[str, Error], plain: Mapping[str, Error], dtype: torch.dtype) -> Verdict:
+    """Compares a provider's errors with plain PyTorch's; names starting with d are gradients."""
     rounding = torch.finfo(dtype).eps / 2
     wrong = []
     for name, error in errors.items():

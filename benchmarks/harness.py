@@ -16,8 +16,9 @@ from __future__ import annotations
 import gc
 import resource
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Callable, Mapping, Protocol
+from typing import Protocol
 
 import torch
 
@@ -29,6 +30,7 @@ ENOUGH_ROUNDS = 7
 MAX_ROUNDS = 301
 MIN_SAMPLE_S = 2e-3
 MAX_INNER = 1000
+SLOW_S = 0.2
 
 Call = Callable[[], object]
 
@@ -118,7 +120,7 @@ class Timing:
         result = self.interval
         return result.is_95 and result.width < TARGET_WIDTH
 
-    def ratio_to(self, base: "Timing") -> Interval:
+    def ratio_to(self, base: Timing) -> Interval:
         """How many times faster than ``base`` this contender is, paired by round."""
         return paired_ratio(base.samples, self.samples)
 
@@ -205,7 +207,8 @@ def _warm_up(name: str, call: Call, clock: Clock) -> Timing:
         torch.cuda.synchronize()
     timing.first_call_s = time.perf_counter() - start
     spent = [time.thread_time(), time.process_time()]
-    seconds = min(clock.measure(call, 1)[0] for _ in range(2))
+    more = 2 if timing.first_call_s < SLOW_S else 1
+    seconds = min(clock.measure(call, 1)[0] for _ in range(more))
     spent = [time.thread_time() - spent[0], time.process_time() - spent[1]]
     timing.inner = max(1, min(MAX_INNER, int(MIN_SAMPLE_S / max(seconds, 1e-7)) + 1))
     if clock.name == "thread_cpu" and spent[1] > 1.25 * spent[0] + 1e-3:

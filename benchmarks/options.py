@@ -61,20 +61,21 @@ def choose(what: str, given: str | None, allowed: tuple[str, ...]) -> tuple[str,
 
 
 def targets(words: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(ops, models) of ``op attention model bert`` or just ``attention bert``; none means all."""
+    """(ops, models) of ``op attention model bert`` or just ``attention bert``.
+
+    A bare ``op`` or ``model`` means all of them; no word at all means everything.
+    """
     found: dict[str, list[str]] = {"op": [], "model": []}
     kind = None
-    for word in words:
+    for i, word in enumerate(words):
         if word in KINDS:
             kind = word
-            found[kind] = found[kind] or list(KINDS[kind])
-            bare = True
+            if i + 1 == len(words) or words[i + 1] in KINDS:
+                found[kind] = list(KINDS[kind])
             continue
         home = next((k for k, names in KINDS.items() if word in names and kind in (None, k)), None)
         if home is None:
             raise UsageError(f"unknown {kind or 'op or model'} {word!r}: {_known(kind)}")
-        if kind == home and bare:
-            found[home], bare = [], False
         found[home].append(word)
     if not words:
         return KINDS["op"], KINDS["model"]
@@ -83,7 +84,7 @@ def targets(words: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _known(kind: str | None) -> str:
     kinds = [kind] if kind else list(KINDS)
-    return "; ".join(f"{k}s are {', '.join(KINDS[k])}" for k in kinds)
+    return "; ".join(f"{k}s: {', '.join(KINDS[k])}" for k in kinds)
 
 
 def sizes(what: str, given: str | None) -> tuple[int, ...]:
@@ -105,7 +106,9 @@ def thread_counts(given: str | None) -> tuple[int, ...]:
     counts = sizes("--threads", given) or (1,)
     for count in counts:
         if count > cores:
-            raise UsageError(f"--threads must be at most the {cores} cores usable here, got {count}")
+            raise UsageError(
+                f"--threads must be at most the {cores} cores usable here, got {count}"
+            )
     return counts
 
 
@@ -135,3 +138,23 @@ def dtypes(given: str | None) -> tuple[str, ...]:
 
 def directions(given: str | None) -> tuple[str, ...]:
     return choose("direction", given, DIRECTIONS) or ("forward", "backward")
+
+
+def suite(named: str | None, **flags: bool) -> str:
+    """The suite by name or by flag; two different ones at once are a mistake."""
+    given = {name for name, flag in flags.items() if flag} | set(choose("suite", named, SUITES))
+    if len(given) > 1:
+        raise UsageError(f"choose one suite, got {' and '.join(sorted(given))}")
+    return next(iter(given), "quick")
+
+
+def one_size(what: str, value: int, most: int = MAX_SIZE) -> int:
+    if not 1 <= value <= most:
+        raise UsageError(f"{what} must be a whole number from 1 to {most}, got {value}")
+    return value
+
+
+def seconds(what: str, value: float | None) -> float | None:
+    if value is not None and not 0 < value < 86400:
+        raise UsageError(f"{what} must be more than 0 seconds and less than a day, got {value}")
+    return value

@@ -14,7 +14,7 @@ SCHEMA = "fasttx-bench/1"
 
 @dataclass
 class Row:
-    """See docs/benchmarks.md for every field. Times in seconds, rates per second, sizes in bytes."""
+    """Every field is explained in docs/benchmarks.md. Seconds, bytes, and rates per second."""
 
     kind: str
     op: str
@@ -60,7 +60,7 @@ class Row:
 
     @property
     def mark(self) -> str:
-        return {True: "✓", False: "✗", None: "–"}[self.ok]
+        return {True: "✓", False: "✗", None: "-"}[self.ok]
 
     @property
     def group(self) -> tuple:
@@ -148,7 +148,9 @@ class Run:
             self.skipped.append(entry)
 
     def limits_for(self, device: str, threads: int) -> Limits | None:
-        found = (limit for limit in self.limits if (limit.device, limit.threads) == (device, threads))
+        found = (
+            limit for limit in self.limits if (limit.device, limit.threads) == (device, threads)
+        )
         return next(found, None)
 
     def as_dict(self) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
 from statistics import median
-from typing import Sequence
 
 CONFIDENCE = 0.95
 
@@ -70,4 +70,4 @@ def paired_ratio(base: Sequence[float], other: Sequence[float]) -> Interval:
     """
     if len(base) != len(other):
         raise ValueError(f"rounds must be paired, got {len(base)} and {len(other)} samples")
-    return interval([a / b for a, b in zip(base, other)])
+    return interval([a / b for a, b in zip(base, other, strict=True)])

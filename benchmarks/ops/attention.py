@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
-from typing import Callable
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from .attention_check import Answer, answer
 
 BASE = "sdpa"
 EAGER_MAX_BYTES = 2 << 30
-COMPILE_HELPS = "torch.compile is shown where SDPA has no fused kernel (trainable bias); --full has it everywhere"
+COMPILE_HELPS = (
+    "shown where SDPA has no fused kernel (the backward of a trainable bias); --full: everywhere"
+)
 
 
 def quick_cases(dtypes: tuple[str, ...]) -> list[Case]:
@@ -105,9 +107,7 @@ def keep_bits(case: Case, x: Tensors) -> Tensor | None:
     except ImportError:
         return None
     seed = torch.tensor([x.seed], device=x.q.device)
-    return philox.philox_mask(
-        seed, case.dropout, case.batch, case.heads, case.queries, case.keys
-    )
+    return philox.philox_mask(seed, case.dropout, case.batch, case.heads, case.queries, case.keys)
 
 
 def results(
@@ -119,7 +119,7 @@ def results(
     if gradients:
         names = [name for name in leaves if name != "mask"]
         grads = torch.autograd.grad(out, [leaves[name] for name in names], dout)
-        found |= {f"d{name}": grad for name, grad in zip(names, grads)}
+        found |= {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
     return found
 
 
@@ -148,9 +148,9 @@ def refusal(provider: ModuleType, case: Case, direction: str, everything: bool) 
         size = probabilities * case.torch_dtype.itemsize * (2 if direction == "forward" else 5)
         if size > EAGER_MAX_BYTES:
             return f"its N x N probabilities would need {size / 2**30:.1f} GiB"
-    if provider.NAME == "torch_compile" and not everything:
-        if case.bias != "relative" or direction != "backward":
-            return COMPILE_HELPS
+    helped = case.bias == "relative" and direction == "backward"
+    if provider.NAME == "torch_compile" and not everything and not helped:
+        return COMPILE_HELPS
     return None
 
 
@@ -171,7 +171,10 @@ def measure(
     for name, provider in providers.items():
         why = refusal(provider, case, direction, everything)
         if why is not None:
-            run.skip(f"{provider.LABEL}" if why == COMPILE_HELPS else f"{provider.LABEL}: {case.name}", why)
+            run.skip(
+                f"{provider.LABEL}" if why == COMPILE_HELPS else f"{provider.LABEL}: {case.name}",
+                why,
+            )
             continue
         try:
             call, leaves = provider.attention(case, problem.x, check=False)
@@ -208,4 +211,3 @@ def finish(
         row.set_rate(flops, run.limits_for(row.device, row.threads))
     set_ratios(rows, timings, BASE)
     return rows
-

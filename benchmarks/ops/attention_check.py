@@ -54,7 +54,7 @@ def answer(case: Case, x: Tensors, gradients: bool = True) -> Answer:
 
 
 def _sample(case: Case) -> list[tuple[int, int]]:
-    """Head groups to check. A table's gradient sums over the batch, so there whole heads are taken."""
+    """Head groups to check; whole heads where a table's gradient sums over the batch."""
     per_group = case.queries * case.keys * (case.heads // case.groups)
     if case.bias == "relative":
         affordable = max(1, MAX_PAIRS // (per_group * case.batch))

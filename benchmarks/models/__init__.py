@@ -1,0 +1,1 @@
+"""Whole models, unpatched and patched, on real text."""

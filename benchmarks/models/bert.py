@@ -1,0 +1,231 @@
+"""BERT as transformers runs it, unpatched and under ``fasttx.patch``, on real padded sentences."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..gate import Error, Verdict, judge
+from ..harness import clock_for, interleave
+from ..ops.attention_case import DTYPES
+from ..rows import Row, Run, set_ratios
+from .sentences import SENTENCES, paragraphs
+
+NAME = "bert"
+BASE = "sdpa"
+LABELS = {
+    "fasttx": "transformers + fasttx.patch",
+    "sdpa": "transformers, SDPA",
+    "eager": "transformers, eager attention",
+}
+RANDOM = "a random BERT of the same size and random token ids"
+
+
+@dataclass
+class Source:
+    """Where a model comes from: ``make(dtype, attention)`` builds one more copy of it."""
+
+    title: str
+    make: Callable[[torch.dtype, str], torch.nn.Module]
+    batches: dict[str, dict[str, Tensor]]
+    notes: list[str] = field(default_factory=list)
+
+
+def load(device: torch.device) -> Source:
+    """all-MiniLM-L6-v2 and its tokenizer; where it cannot be had, a random BERT that says so."""
+    weights = importlib.import_module("..weights", __name__)
+    importlib.import_module("transformers").utils.logging.disable_progress_bar()
+    try:
+        _, tokenizer = weights.minilm()
+    except weights.Unavailable as error:
+        return _random(device, str(error))
+    texts = {"16 sentences": list(SENTENCES), "4 paragraphs": paragraphs(4)}
+    batches = {
+        name: dict(tokenizer(text, padding=True, truncation=True, return_tensors="pt").to(device))
+        for name, text in texts.items()
+    }
+
+    def make(dtype: torch.dtype, attention: str) -> torch.nn.Module:
+        model, _ = weights.minilm(dtype=dtype, attn_implementation=attention)
+        return model.to(device)
+
+    return Source("all-MiniLM-L6-v2", make, batches)
+
+
+def _random(device: torch.device, why: str) -> Source:
+    transformers = importlib.import_module("transformers")
+    config = transformers.BertConfig(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+    )
+
+    def make(dtype: torch.dtype, attention: str) -> torch.nn.Module:
+        torch.manual_seed(0)
+        model = transformers.BertModel._from_config(config, attn_implementation=attention)
+        return model.to(device, dtype).eval()
+
+    batches = {}
+    generator = torch.Generator().manual_seed(0)
+    for name, (rows, length) in {"16 x 52 ids": (16, 52), "4 x 256 ids": (4, 256)}.items():
+        ids = torch.randint(1000, 30000, (rows, length), generator=generator)
+        lengths = torch.linspace(length // 8, length, rows).long()
+        mask = (torch.arange(length) < lengths[:, None]).long()
+        batches[name] = {"input_ids": (ids * mask).to(device), "attention_mask": mask.to(device)}
+    return Source("random BERT", make, batches, [f"{RANDOM}: {why}"])
+
+
+class Bench:
+    """One model in one dtype: an unpatched copy each attention has, one patched, one in fp64."""
+
+    def __init__(self, source: Source, dtype: str, device: torch.device, run: Run):
+        self.source, self.dtype, self.device, self.run = source, dtype, device, run
+        torch_dtype = DTYPES[dtype]
+        self._verdicts: dict[tuple[str, bool], dict[str, Verdict]] = {}
+        self.exact = source.make(torch.float64, "sdpa")
+        self.models = {
+            "sdpa": source.make(torch_dtype, "sdpa"),
+            "eager": source.make(torch_dtype, "eager"),
+        }
+        patched = source.make(torch_dtype, "sdpa")
+        why = _patch(patched)
+        if why is None:
+            self.models = {"fasttx": patched, **self.models}
+        else:
+            run.skip("fasttx.patch on BERT", why)
+
+    def verdicts(self, batch_name: str, gradients: bool) -> dict[str, Verdict]:
+        """Errors of the visible hidden states, and for a step of every parameter's gradient.
+
+        The yardstick is the larger error of the two unpatched models: both are plain PyTorch.
+        """
+        if (batch_name, gradients) in self._verdicts:
+            return self._verdicts[batch_name, gradients]
+        batch = self.source.batches[batch_name]
+        exact = _answers(self.exact, batch, gradients)
+        errors = {}
+        for name, model in self.models.items():
+            actual = _answers(model, batch, gradients)
+            errors[name] = {key: Error.between(t, exact[key]) for key, t in actual.items()}
+        plain = {key: max_error(errors["sdpa"][key], errors["eager"][key]) for key in exact}
+        dtype = DTYPES[self.dtype]
+        found = {name: judge(errors[name], plain, dtype) for name in self.models}
+        self._verdicts[batch_name, gradients] = found
+        return found
+
+    def similarity_gap(self, batch: dict[str, Tensor]) -> float | None:
+        """Largest difference of cosine similarities, patched against unpatched."""
+        if "fasttx" not in self.models:
+            return None
+        ours, theirs = (_similarities(self.models[name], batch) for name in ("fasttx", "sdpa"))
+        return (ours - theirs).abs().max().item()
+
+    def measure(
+        self, batch_name: str, direction: str, threads: int, budget_s: float, on_round=None
+    ) -> list[Row]:
+        batch = self.source.batches[batch_name]
+        verdicts = self.verdicts(batch_name, direction == "step")
+        calls = {name: _call(model, batch, direction) for name, model in self.models.items()}
+        timings = interleave(calls, clock_for(self.device, threads), budget_s, on_round=on_round)
+        flops = _flops(self.models["sdpa"], batch, direction)
+        gap = self.similarity_gap(batch)
+        rows = []
+        for name, timing in timings.items():
+            row = Row(
+                "model", NAME, f"{self.source.title}, {batch_name}", direction, name, LABELS[name],
+                self.dtype, str(self.device), threads, timing.clock, _shape(batch), _facts(batch),
+            )  # fmt: skip
+            row.set_timing(timing)
+            row.set_rate(flops, self.run.limits_for(str(self.device), threads))
+            row.set_verdict(verdicts[name])
+            row.notes.extend(self.source.notes)
+            if direction == "step":
+                row.notes.append("timed with the model's own dropout, checked without it")
+            if name == "fasttx" and gap is not None:
+                row.notes.append(f"cosine similarities within {gap:.1e} of the unpatched model's")
+            rows.append(row)
+        set_ratios(rows, timings, BASE)
+        return rows
+
+
+def max_error(a: Error, b: Error) -> Error:
+    return Error(max(a.rms, b.rms), max(a.largest, b.largest), a.scale)
+
+
+def _patch(model: torch.nn.Module) -> str | None:
+    """Patches in place; the reason where that cannot be done."""
+    try:
+        patch = importlib.import_module("fasttx").patch
+    except (ImportError, AttributeError) as error:
+        return f"fasttx.patch is not there: {error}"
+    try:
+        patch(model, strict=True)
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+def _answers(
+    model: torch.nn.Module, batch: dict[str, Tensor], gradients: bool
+) -> dict[str, Tensor]:
+    model.eval()
+    visible = batch["attention_mask"].bool()
+    with torch.set_grad_enabled(gradients):
+        hidden = model(**batch).last_hidden_state[visible]
+    found = {"out": hidden.detach()}
+    if gradients:
+        grads = _gradients(model, hidden)
+        found["dparameters"] = torch.cat([grad.flatten().double() for grad in grads])
+    return found
+
+
+def _gradients(model: torch.nn.Module, hidden: Tensor) -> tuple[Tensor, ...]:
+    used = [p for name, p in model.named_parameters() if not name.startswith("pooler")]
+    weight = torch.linspace(-1, 1, hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)
+    return torch.autograd.grad((hidden * weight).mean(), used, allow_unused=False)
+
+
+def _similarities(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        hidden = model(**batch).last_hidden_state.double()
+    mask = batch["attention_mask"][..., None].double()
+    mean = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+    return mean @ mean.T
+
+
+def _call(model: torch.nn.Module, batch: dict[str, Tensor], direction: str) -> Callable[[], object]:
+    if direction == "forward":
+
+        def forward():
+            model.eval()
+            with torch.no_grad():
+                return model(**batch).last_hidden_state
+
+        return forward
+    visible = batch["attention_mask"].bool()
+
+    def step():
+        model.train()
+        return _gradients(model, model(**batch).last_hidden_state[visible])
+
+    return step
+
+
+def _flops(model: torch.nn.Module, batch: dict[str, Tensor], direction: str) -> int:
+    with FlopCounterMode(display=False) as counter:
+        _call(model, batch, direction)()
+    return counter.get_total_flops()
+
+
+def _shape(batch: dict[str, Tensor]) -> dict[str, Any]:
+    rows, length = batch["input_ids"].shape
+    return {"batch": rows, "queries": length, "keys": length}
+
+
+def _facts(batch: dict[str, Tensor]) -> dict[str, Any]:
+    return {"padding": round(1 - batch["attention_mask"].float().mean().item(), 3)}

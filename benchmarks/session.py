@@ -1,0 +1,217 @@
+"""One run from plan to rows: groups in order, each with its share of the time that is left."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import limits, machine, memory, providers, report
+from .ops import attention
+from .ops.attention_case import DTYPES, Case
+from .options import Options
+from .rows import Row, Run
+
+QUICK_SECONDS = 170.0
+GROUP_SECONDS = {"quick": 2.5, "full": 8.0, "musts": 8.0}
+MODEL_SECONDS = {"quick": 5.0, "full": 15.0, "musts": 15.0}
+
+
+@dataclass
+class Step:
+    """A group of rows timed against each other; ``seconds`` is what it may take."""
+
+    title: str
+    seconds: float
+    measure: Callable[[float, Callable], list[Row]]
+
+
+class Session:
+    def __init__(self, options: Options, console: Console):
+        self.options, self.console = options, console
+        self.device = torch.device(options.device)
+        self.run = Run(
+            options.command, datetime.now(UTC).isoformat(timespec="seconds"), machine.describe()
+        )
+        self.run.notes.extend(options.notes)
+        self.providers = self._usable_providers()
+        self._models: dict[str, object] = {}
+        if self.device.type == "cuda":
+            self.run.notes.append("the CUDA path of this benchmark has not been tested yet")
+
+    def _usable_providers(self) -> dict:
+        found = providers.find()
+        found["fasttx"].BACKEND = self.options.backend
+        usable = {}
+        for name, provider in found.items():
+            if self.options.providers and name not in self.options.providers:
+                continue
+            why = provider.reason()
+            if why is None:
+                usable[name] = provider
+            else:
+                self.run.skip(provider.LABEL, why)
+        return usable
+
+    def cases(self) -> list[Case]:
+        options = self.options
+        if options.sizes:
+            shape = (options.batch, options.heads, options.head_dim)
+            return attention.sized_cases(options.dtypes, options.sizes, *shape)
+        if options.suite == "full":
+            return attention.full_cases(options.dtypes)
+        return attention.quick_cases(options.dtypes)
+
+    def plan(self) -> list[Step]:
+        steps = []
+        if "attention" in self.options.ops:
+            for case in self.cases():
+                steps += self._op_steps(case)
+        if "bert" in self.options.models:
+            steps += self._model_steps()
+        return steps
+
+    def _op_steps(self, case: Case) -> list[Step]:
+        holder: dict[str, attention.Problem] = {}
+        budget = self.options.budget_s or GROUP_SECONDS[self.options.suite]
+        jobs = [(t, d) for t in self.options.threads for d in self.options.directions]
+        steps = []
+        for threads, direction in jobs:
+
+            def measure(seconds, on_round, threads=threads, direction=direction):
+                torch.set_num_threads(threads)
+                if not holder:
+                    gradients = self.options.directions != ("forward",)
+                    holder[""] = attention.Problem(case, self.device, gradients)
+                rows = attention.measure(
+                    holder[""], direction, self.providers, threads, seconds, self.run,
+                    everything=self.options.suite == "full" or bool(self.options.providers),
+                    on_round=on_round,
+                )  # fmt: skip
+                if (threads, direction) == jobs[-1]:
+                    holder.clear()
+                if self.options.memory:
+                    for row in rows:
+                        row.peak_bytes = memory.peak(
+                            case, direction, row.provider, threads, str(self.device)
+                        )
+                return rows
+
+            title = f"{case.name} {case.dtype} {direction}, {threads} thr."
+            steps.append(Step(title, budget, measure))
+        return steps
+
+    def _model_steps(self) -> list[Step]:
+        seconds = self.options.budget_s or MODEL_SECONDS[self.options.suite]
+        cores = len(os.sched_getaffinity(0))
+        every = tuple(dict.fromkeys((*self.options.threads, cores)))
+        jobs = []
+        for dtype in self.options.dtypes:
+            jobs += [(dtype, i, "forward", t) for i in (0, 1) for t in self.options.threads]
+            jobs += [(dtype, 0, "forward", t) for t in every if t not in self.options.threads]
+            jobs.append((dtype, 1, "step", self.options.threads[0]))
+        steps = []
+        for dtype, batch, direction, threads in jobs:
+
+            def measure(
+                seconds, on_round, dtype=dtype, batch=batch, direction=direction, threads=threads
+            ):
+                torch.set_num_threads(threads)
+                bench = self._bert(dtype)
+                if bench is None:
+                    return []
+                name = list(bench.source.batches)[batch]
+                return bench.measure(name, direction, threads, seconds, on_round)
+
+            title = f"BERT {dtype} {direction}, {threads} thr."
+            steps.append(Step(title, seconds, measure))
+        return steps
+
+    def _bert(self, dtype: str):
+        """The models of one dtype; those of another are let go first."""
+        if dtype not in self._models:
+            try:
+                from .models import bert
+
+                source = self._models.get("source") or bert.load(self.device)
+                self._models = {
+                    "source": source,
+                    dtype: bert.Bench(source, dtype, self.device, self.run),
+                }
+            except ImportError as missing:
+                self.run.skip("BERT", str(missing))
+                self._models[dtype] = None
+        return self._models[dtype]
+
+    def measure_limits(self) -> None:
+        wanted = set(self.options.threads)
+        if self.options.models and self.device.type == "cpu":
+            wanted.add(len(os.sched_getaffinity(0)))
+        for threads in sorted(wanted):
+            torch.set_num_threads(threads)
+            dtypes = {name: DTYPES[name] for name in self.options.dtypes}
+            self.run.limits.append(limits.measure(self.device, threads, dtypes))
+
+    def execute(self) -> Run:
+        """Runs the plan with live progress. What was measured is kept when interrupted."""
+        start = time.monotonic()
+        steps = self.plan()
+        threads = torch.get_num_threads()
+        try:
+            with self._progress(len(steps) + 1) as advance:
+                advance("limits of this machine")
+                self.measure_limits()
+                for i, step in enumerate(steps):
+                    advance(step.title)
+                    seconds = self._share(start, steps[i:])
+                    rows = step.measure(seconds, None)
+                    self.run.rows.extend(rows)
+                    self._tell(step, rows)
+        except KeyboardInterrupt:
+            self.run.notes.append("interrupted: what was measured so far is here")
+        finally:
+            torch.set_num_threads(threads)
+        self.run.seconds = time.monotonic() - start
+        return self.run
+
+    def _share(self, start: float, left: list[Step]) -> float:
+        """A step's budget, cut in proportion when the quick run is behind its schedule."""
+        wanted = left[0].seconds
+        if self.options.suite != "quick" or self.options.budget_s or self.options.sizes:
+            return wanted
+        remaining = QUICK_SECONDS - (time.monotonic() - start)
+        return max(0.2, wanted * min(1.0, remaining / sum(step.seconds for step in left)))
+
+    @contextmanager
+    def _progress(self, total: int):
+        if not self.console.is_terminal:
+            yield lambda title: None
+            return
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        )  # fmt: skip
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task("", total=total, completed=-1)
+
+            def advance(title: str) -> None:
+                progress.update(task, advance=1, description=title)
+
+            yield advance
+
+    def _tell(self, step: Step, rows: list[Row]) -> None:
+        parts = []
+        for row in rows:
+            ratio = (
+                f" {row.ratio:.2f}x"
+                if row.ratio is not None and row.ratio_to != row.provider
+                else ""
+            )
+            parts.append(f"{row.provider} {report.seconds(row.median_s)}{ratio} {row.mark}")
+        self.console.print(f"{step.title}: {' | '.join(parts)}", highlight=False)
