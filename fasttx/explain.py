@@ -26,7 +26,8 @@ class Explanation:
 
 
 def explain(function: Callable, *args, **kwargs) -> Explanation:
-    """Say which kernel a call of a public function would run, forward and backward, and why not the others. Runs nothing.
+    """Say which kernel a call of a public function would run, forward and backward, and why not the
+    others. Runs nothing.
 
     >>> print(fasttx.explain(fasttx.attention, q, k, v, is_causal=True))
     """
@@ -41,12 +42,22 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
     rows = []
     for op, call, backend in calls:
         named = dict(zip(op.at, call, strict=False))
-        paired = [] if op.backward is None else [(op.backward, tuple(named.get(n, call[0]) for n in op.backward.at))]
+        paired = (
+            []
+            if op.backward is None
+            else [(op.backward, tuple(named.get(n, call[0]) for n in op.backward.at))]
+        )
         for each, values in [(op, call), *paired]:
             found = False
             for kernel, why in each.refusals(values):
-                why = why or ("only when asked for by name" if kernel.needs.by_name and not backend else None)
-                why = f"backend={backend!r} was asked for" if backend and kernel.backend != backend else why
+                why = why or (
+                    "only when asked for by name" if kernel.needs.by_name and not backend else None
+                )
+                why = (
+                    f"backend={backend!r} was asked for"
+                    if backend and kernel.backend != backend
+                    else why
+                )
                 rows.append((each.name, kernel.backend, why, why is None and not found))
                 found = found or why is None
     return Explanation(tuple(rows))

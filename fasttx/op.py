@@ -1,8 +1,9 @@
 """The contract of an op.
 
-One annotated `alloc` function an op direction. Its annotations are the schema; under a fake or meta tensor it is
-the fake kernel; in the real body it allocates the outputs, and the first kernel of the op's ordered table whose
-`Needs` has no reason to refuse fills them. So fake and real cannot drift, and every backend has one calling
+One annotated `alloc` function an op direction. Its annotations are the schema; under a fake or meta
+tensor it is the fake kernel; in the real body it allocates the outputs, and the first kernel of the
+op's ordered table whose `Needs` has no reason to refuse fills them. So fake and real cannot drift,
+and every backend has one calling
 convention: `kernel(*outputs, *args)`, fill every element, return nothing.
 """
 
@@ -26,10 +27,12 @@ allocation_hook: Callable[[tuple], tuple] | None = None
 # While `explain` runs a door under fake tensors, the calls it made.
 captured: ContextVar[list | None] = ContextVar("captured", default=None)
 _told: set[str] = set()
+_NO_GUARD = contextlib.nullcontext()
 
 
 def strict() -> bool:
-    """FASTTX_STRICT=1: running the reference because every kernel refused is an error, not a warning."""
+    """FASTTX_STRICT=1: running the reference because every kernel refused is an error, not a
+    warning."""
     return os.environ.get("FASTTX_STRICT", "0") not in ("", "0")
 
 
@@ -43,9 +46,10 @@ def _compute_capability(index: int) -> int:
 class Needs:
     """What a kernel can do, as data. `refuse` gives the first reason against a call, or None.
 
-    dtypes: allowed dtypes of the argument named by `dtype_of`. sizes: {"q.3": (low, high)} bounds on dimensions.
-    absent: arguments that must be None, False or 0. sm: least compute capability. env: a variable that must be
-    set to a value. by_name: never chosen unless asked for.
+    dtypes: allowed dtypes of the argument named by `dtype_of`. sizes: {"q.3": (low, high)} bounds
+    on dimensions.
+    absent: arguments that must be None, False or 0. sm: least compute capability. env: a variable
+    that must be set to a value. by_name: never chosen unless asked for.
     """
 
     dtypes: tuple[torch.dtype, ...] | None = FLOATS
@@ -97,23 +101,25 @@ class Kernel:
                 return None
             try:
                 self.function = getattr(importlib.import_module(module), name)
-            except ImportError as error:
+            except (ImportError, AttributeError) as error:
                 return f"cannot be imported: {error}"
         return None
 
     def refuse(self, args: tuple, at: Mapping[str, int]) -> str | None:
-        return self.needs.refuse(args, at) or (self.unavailable() if self.function is None else None)
+        return self.needs.refuse(args, at) or (None if self.function else self.unavailable())
 
 
 class Op:
-    """`torch.ops.fasttx.<alloc's name>`: schema and fake from `alloc`, body from the first kernel that supports the call."""
+    """`torch.ops.fasttx.<name>`: schema and fake from `alloc`, body from the first fit kernel."""
 
     def __init__(self, alloc: Callable, mutates: tuple[str, ...] = ()):
         self.name, self.alloc = alloc.__name__, alloc
         self.tables: dict[str, list[Kernel]] = {}
         self.backward: Op | None = None
         self.public = self.name.rpartition("_")[0] or self.name
-        arguments, _, returns = torch.library.infer_schema(alloc, mutates_args=mutates).rpartition(") ->")
+        arguments, _, returns = torch.library.infer_schema(alloc, mutates_args=mutates).rpartition(
+            ") ->"
+        )
         LIB.define(f"{self.name}{arguments}, *, str? backend=None) ->{returns}")
         LIB.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fasttx::{self.name}", self._fake, lib=LIB)
@@ -141,32 +147,31 @@ class Op:
             for a in args:
                 if isinstance(a, torch.Tensor) and a.requires_grad:
                     raise RuntimeError(
-                        f"torch.ops.fasttx.{self.name} has no gradient of its own and was called on an input that "
-                        f"requires grad: call fasttx.{self.public}"
+                        f"torch.ops.fasttx.{self.name} has no gradient of its own and was called "
+                        f"on an input that requires grad: call fasttx.{self.public}"
                     )
-        kernel = self.pick(args, backend)
-        device = args[0].device
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel, device = self.pick(args, backend), args[0].device
+        with torch.cuda.device(device) if device.type == "cuda" else _NO_GUARD:
             outputs = self.alloc(*args)
-            several = isinstance(outputs, tuple)
+            filled = outputs if isinstance(outputs, tuple) else (outputs,)
             if allocation_hook is not None:
-                outputs = allocation_hook(outputs if several else (outputs,))
-                outputs = outputs if several else outputs[0]
-            kernel.function(*(outputs if several else (outputs,)), *args)
+                filled = allocation_hook(filled)
+                outputs = filled if isinstance(outputs, tuple) else filled[0]
+            kernel.function(*filled, *args)
         return outputs
 
     def pick(self, args: tuple, backend: str | None = None) -> Kernel:
-        """The kernel that runs this call; NotImplementedError with every reason where there is none."""
+        """The kernel that runs this call; NotImplementedError with every reason if none does."""
         table = self.tables.get(args[0].device.type, ())
         for kernel in table:
-            if backend == kernel.backend if backend else not kernel.needs.by_name:
-                if kernel.refuse(args, self.at) is None:
-                    if backend is None and kernel.backend == "reference":
-                        self._tell_reference(args)
-                    return kernel
+            asked = kernel.backend == backend if backend else not kernel.needs.by_name
+            if asked and kernel.refuse(args, self.at) is None:
+                if backend is None and kernel.backend == "reference":
+                    self._tell_reference(args)
+                return kernel
         raise NotImplementedError(
-            f"fasttx.{self.public}: no kernel of backend={backend!r} runs this call on {args[0].device.type}\n"
-            + self._reasons(args)
+            f"fasttx.{self.public}: no kernel of backend={backend!r} runs this call on "
+            f"{args[0].device.type}\n" + self._reasons(args)
         )
 
     def refusals(self, args: tuple) -> list[tuple[Kernel, str | None]]:
@@ -174,10 +179,13 @@ class Op:
         return [(k, k.refuse(args, self.at)) for k in self.tables.get(args[0].device.type, ())]
 
     def _reasons(self, args: tuple) -> str:
-        return "\n".join(f"  {k.backend}: {why or 'supports it'}" for k, why in self.refusals(args))
+        return "\n".join(f"  {k.backend}: {r or 'supports it'}" for k, r in self.refusals(args))
 
     def _tell_reference(self, args: tuple) -> None:
-        text = f"fasttx.{self.public} runs on the plain PyTorch reference, in O(S x T) memory, because\n" + self._reasons(args)
+        text = (
+            f"fasttx.{self.public} runs on the plain PyTorch reference, in O(S x T) memory, "
+            f"because\n" + self._reasons(args)
+        )
         if strict():
             raise RuntimeError(text + "\n(FASTTX_STRICT=1)")
         if self.name not in _told:

@@ -1,8 +1,9 @@
 """The one harness: an op on a backend in a dtype, outputs and every gradient, against fp64.
 
-The rule: an output's largest error against fp64 is at most `OUTPUT_FACTOR` times that of plain PyTorch in the same dtype,
-a gradient's at most `GRADIENT_FACTOR` times, plus one rounding of the dtype at the scale of the result. Outputs are handed
-to kernels filled with NaN between guard bands; inputs are compared with a copy afterwards.
+The rule: an output's largest error against fp64 is at most `OUTPUT_FACTOR` times that of plain
+PyTorch in the same dtype, a gradient's at most `GRADIENT_FACTOR` times, plus one rounding of the
+dtype at the scale of the result. Outputs are handed to kernels filled with NaN between guard bands;
+inputs are compared with a copy afterwards.
 """
 
 import contextlib
@@ -22,7 +23,8 @@ LAYOUTS = ("contiguous", "transposed", "sliced", "strided", "expanded")
 
 @dataclass
 class Result:
-    """Outputs and gradients by name, in fp64; `error` after a comparison is the worst error over its allowance."""
+    """Outputs and gradients by name, in fp64; `error` after a comparison is the worst error over
+    its allowance."""
 
     outputs: dict[str, Tensor]
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -38,19 +40,27 @@ def run(
     wanted: tuple[str, ...] = (),
     names: tuple[str, ...] = ("out",),
 ) -> Result:
-    """Call function(**inputs), then differentiate sum(output * upstream) over the outputs named in upstream, for `wanted` inputs."""
-    leaves = {n: t.detach().requires_grad_(n in wanted) if t.is_floating_point() else t for n, t in inputs.items()}
+    """Call function(**inputs), then differentiate sum(output * upstream) over the outputs named in
+    upstream, for `wanted` inputs."""
+    leaves = {
+        n: t.detach().requires_grad_(n in wanted) if t.is_floating_point() else t
+        for n, t in inputs.items()
+    }
     outputs = function(**leaves)
     outputs = dict(zip(names, outputs if isinstance(outputs, tuple) else (outputs,), strict=True))
     used = [n for n in upstream if n in outputs and outputs[n].requires_grad]
     gradients = {}
     if wanted and used:
-        given = [upstream[n].to(outputs[n].dtype) if upstream[n].dtype != outputs[n].dtype else upstream[n] for n in used]
+        given = [upstream[n].to(outputs[n].dtype) for n in used]
         grads = torch.autograd.grad([outputs[n] for n in used], [leaves[n] for n in wanted], given)
         gradients = dict(zip(wanted, grads, strict=True))
         for name, grad in gradients.items():
-            assert grad.shape == leaves[name].shape and grad.dtype == leaves[name].dtype, f"d{name}: {grad.dtype} {tuple(grad.shape)}"
-    return Result({n: t.detach().double() for n, t in outputs.items()}, {n: g.double() for n, g in gradients.items()})
+            got, leaf = (grad.shape, grad.dtype), leaves[name]
+            assert got == (leaf.shape, leaf.dtype), f"d{name}: {got}"
+    return Result(
+        {n: t.detach().double() for n, t in outputs.items()},
+        {n: g.double() for n, g in gradients.items()},
+    )
 
 
 def check(
@@ -66,18 +76,25 @@ def check(
     layouts: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Hold `function` in `dtype` against `gold` in fp64, with `plain` in `dtype` as the yardstick; every error over its allowance.
+    """Hold `function` in `dtype` against `gold` in fp64, with `plain` in `dtype` as the yardstick;
+    every error over its allowance.
 
-    inputs: fp64 masters; floating ones are rounded to dtype first (those in `keep` stay as they are), so that gold sees
-    the same numbers. layouts: input name, or "d" + output name for an upstream gradient, to one of LAYOUTS.
-    Raises AssertionError naming the tensor, its error and what was allowed.
+    inputs: fp64 masters; floating ones are rounded to dtype first (those in `keep` stay as they
+    are), so that gold sees the same numbers. layouts: input name, or "d" + output name for an
+    upstream gradient, to one of LAYOUTS. Raises AssertionError naming the tensor, its error and
+    what was allowed.
     """
     layouts = layouts or {}
-    rounded = {n: t.to(dtype) if t.is_floating_point() and n not in keep else t for n, t in inputs.items()}
+    rounded = {
+        n: t.to(dtype) if t.is_floating_point() and n not in keep else t for n, t in inputs.items()
+    }
     if dtype is torch.float64:
         wide = rounded
     else:
-        wide = {n: t.double() if t.is_floating_point() and n not in keep else t for n, t in rounded.items()}
+        wide = {
+            n: t.double() if t.is_floating_point() and n not in keep else t
+            for n, t in rounded.items()
+        }
     ours_in = {n: lay_out(t, layouts.get(n, "contiguous")) for n, t in rounded.items()}
     copies = {n: t.clone() for n, t in ours_in.items()}
     generator = torch.Generator().manual_seed(seed)
@@ -91,13 +108,19 @@ def check(
             g = g.sum_to_size([1] * g.dim()).expand(g.shape) if g.numel() else g
         g = g.to(dtype)
         upstream[name] = g
-        laid[name] = g if layouts.get("d" + name) == "expanded" else lay_out(g, layouts.get("d" + name, "contiguous"))
+        laid[name] = (
+            g
+            if layouts.get("d" + name) == "expanded"
+            else lay_out(g, layouts.get("d" + name, "contiguous"))
+        )
     expected = run(gold, wide, {n: g.double() for n, g in upstream.items()}, wanted, names).named()
     yardstick = run(plain, rounded, upstream, wanted, names).named()
     with guarded_outputs():
         got = run(function, ours_in, laid, wanted, names).named()
     for name, copy in copies.items():
-        assert torch.equal(ours_in[name].nan_to_num(), copy.nan_to_num()), f"input {name} was changed"
+        assert torch.equal(ours_in[name].nan_to_num(), copy.nan_to_num()), (
+            f"input {name} was changed"
+        )
     errors = {}
     for name, value in expected.items():
         is_gradient = name.startswith("d") and name[1:] in wanted
@@ -107,22 +130,32 @@ def check(
     return errors
 
 
-def compare(name: str, got: Tensor, gold: Tensor, plain: Tensor, dtype: torch.dtype, factor: float) -> float:
-    """max |got - gold| over its allowance; AssertionError above 1, or where NaN and infinities differ."""
-    assert got.shape == gold.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(gold.shape)}"
+def compare(
+    name: str, got: Tensor, gold: Tensor, plain: Tensor, dtype: torch.dtype, factor: float
+) -> float:
+    """max |got - gold| over its allowance; AssertionError above 1, or where NaN and infinities
+    differ."""
+    assert got.shape == gold.shape, (
+        f"{name}: shape {tuple(got.shape)}, expected {tuple(gold.shape)}"
+    )
     if not gold.numel():
         return 0.0
     finite = gold.isfinite()
     same = torch.where(gold.isnan(), got.isnan(), got == gold) | finite
     assert same.all(), f"{name}: {int((~same).sum())} values that should be infinite or NaN are not"
-    assert got[finite].isfinite().all(), f"{name}: {int((~got[finite].isfinite()).sum())} of {got.numel()} values are not finite"
+    assert got[finite].isfinite().all(), (
+        f"{name}: {int((~got[finite].isfinite()).sum())} of {got.numel()} values are not finite"
+    )
     if not finite.any():
         return 0.0
     scale = gold[finite].abs().max().item()
     error = (got - gold)[finite].abs().max().item()
     yard = (plain - gold)[finite].nan_to_num(0, 0, 0).abs().max().item()
     allowed = factor * yard + torch.finfo(dtype).eps * max(scale, torch.finfo(dtype).tiny)
-    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g} (plain PyTorch {yard:.3g}, scale {scale:.3g})"
+    assert error <= allowed, (
+        f"{name}: error {error:.3g}, allowed {allowed:.3g} (plain PyTorch {yard:.3g}, scale "
+        f"{scale:.3g})"
+    )
     return error / allowed
 
 
@@ -131,7 +164,11 @@ def lay_out(t: Tensor, layout: str) -> Tensor:
     if layout == "contiguous" or t.dim() == 0:
         return t.contiguous()
     if layout == "transposed":
-        return t.transpose(-3, -2).contiguous().transpose(-3, -2) if t.dim() >= 3 else t.t().contiguous().t()
+        return (
+            t.transpose(-3, -2).contiguous().transpose(-3, -2)
+            if t.dim() >= 3
+            else t.t().contiguous().t()
+        )
     if layout == "sliced":
         wide = t.new_zeros([n + 3 for n in t.shape])
         wide[tuple(slice(1, 1 + n) for n in t.shape)] = t
@@ -147,7 +184,8 @@ def lay_out(t: Tensor, layout: str) -> Tensor:
 
 @contextlib.contextmanager
 def guarded_outputs() -> Iterator[None]:
-    """Kernels get outputs filled with NaN (the largest value for integers) between guard bands that must stay as they are."""
+    """Kernels get outputs filled with NaN (the largest value for integers) between guard bands that
+    must stay as they are."""
     bands: list[Tensor] = []
 
     def hook(outputs: tuple) -> tuple:

@@ -1,4 +1,5 @@
-"""One file an op: formula and shapes, forward and backward declarations, ordered kernel table, autograd, the public function."""
+"""One file an op: formula and shapes, forward and backward declarations, ordered kernel table,
+autograd, the public function."""
 
 from .attention import ALiBi, RelativePositionBias, attention
 

@@ -1,6 +1,8 @@
-"""What attention's door accepts: defaults, checks with messages, and flags turned into the inner op's plain scalars."""
+"""What attention's door accepts: defaults, checks with messages, and flags turned into the inner
+op's plain scalars."""
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -15,8 +17,9 @@ _NOTHING = (None,) * 6
 
 
 class Call(NamedTuple):
-    """tensors (q, k, v, mask, table) in 4-D; rest (slopes, positions, lut, cu_q, cu_k, seed); scalars (scale, softcap,
-    dropout_p, left, right, lower_right, bias_shift); leading: the dimensions to restore, None for 4-D input."""
+    """tensors (q, k, v, mask, table) in 4-D; rest (slopes, positions, lut, cu_q, cu_k, seed);
+    scalars (scale, softcap, dropout_p, left, right, lower_right, bias_shift); leading: the
+    dimensions to restore, None for 4-D input."""
 
     tensors: tuple
     rest: tuple
@@ -24,7 +27,21 @@ class Call(NamedTuple):
     leading: tuple | None
 
 
-def checked(query, key, value, attn_mask, dropout_p, is_causal, scale, position_bias, window, softcap, cu_seqlens, seed, backend):
+def checked(
+    query,
+    key,
+    value,
+    attn_mask,
+    dropout_p,
+    is_causal,
+    scale,
+    position_bias,
+    window,
+    softcap,
+    cu_seqlens,
+    seed,
+    backend,
+):
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
     for name, t in (("query", query), ("key", key), ("value", value)):
@@ -37,9 +54,15 @@ def checked(query, key, value, attn_mask, dropout_p, is_causal, scale, position_
     if dtype not in _FLOATS:
         raise TypeError(f"query must be float32, bfloat16, float16 or float64, got {_short(dtype)}")
     if key.dtype is not dtype or value.dtype is not dtype:
-        raise TypeError(f"query, key and value must have one dtype, got {_short(dtype)}, {_short(key.dtype)} and {_short(value.dtype)}")
+        raise TypeError(
+            f"query, key and value must have one dtype, got {_short(dtype)}, {_short(key.dtype)} "
+            f"and {_short(value.dtype)}"
+        )
     if key.device != device or value.device != device:
-        raise ValueError(f"query, key and value must be on one device, got {device}, {key.device} and {value.device}")
+        raise ValueError(
+            f"query, key and value must be on one device, got {device}, {key.device} and "
+            f"{value.device}"
+        )
 
     leading = None
     if not query.dim() == key.dim() == value.dim() == 4:
@@ -47,11 +70,17 @@ def checked(query, key, value, attn_mask, dropout_p, is_causal, scale, position_
     B, H, S, D = query.shape
     Bk, G, T, Dk = key.shape
     if D == 0:
-        raise ValueError(f"query must have a head size of at least 1, got shape {tuple(query.shape)}")
+        raise ValueError(
+            f"query must have a head size of at least 1, got shape {tuple(query.shape)}"
+        )
     if Dk != D:
-        raise ValueError(f"key must have query's head size {D}, got {Dk} in shape {tuple(key.shape)}")
+        raise ValueError(
+            f"key must have query's head size {D}, got {Dk} in shape {tuple(key.shape)}"
+        )
     if value.shape[1] != G or value.shape[2] != T:
-        raise ValueError(f"value must have key's {G} heads and {T} keys, got shape {tuple(value.shape)}")
+        raise ValueError(
+            f"value must have key's {G} heads and {T} keys, got shape {tuple(value.shape)}"
+        )
     if (H % G if G else H) != 0:
         raise ValueError(f"key must have a number of heads that divides query's {H}, got {G}")
     if Bk != B or value.shape[0] != B:
@@ -69,7 +98,9 @@ def checked(query, key, value, attn_mask, dropout_p, is_causal, scale, position_
     if dropout_p != 0.0 and (not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0):
         raise _number("dropout_p", dropout_p, "in [0, 1)")
     if not isinstance(is_causal, (bool, str)) or is_causal not in _ALIGNMENTS:
-        raise ValueError(f"is_causal must be False, True, 'upper_left' or 'lower_right', got {is_causal!r}")
+        raise ValueError(
+            f"is_causal must be False, True, 'upper_left' or 'lower_right', got {is_causal!r}"
+        )
     lower_right = _ALIGNMENTS[is_causal]
     left, right = (-1, -1) if window is None else _window(window)
     if lower_right is not None:
@@ -82,7 +113,10 @@ def checked(query, key, value, attn_mask, dropout_p, is_causal, scale, position_
         sequences = None
         if cu_seqlens is not None:
             if attn_mask is not None:
-                raise ValueError("attn_mask cannot be combined with cu_seqlens: each packed sequence is visible to itself alone")
+                raise ValueError(
+                    "attn_mask cannot be combined with cu_seqlens: each packed sequence is "
+                    "visible to itself alone"
+                )
             cu_q, cu_k = _packed(cu_seqlens, B, S, T, device)
             sequences = cu_q.shape[0] - 1
         if isinstance(position_bias, ALiBi):
@@ -90,24 +124,44 @@ def checked(query, key, value, attn_mask, dropout_p, is_causal, scale, position_
         elif isinstance(position_bias, RelativePositionBias):
             table, lut, bias_shift = _relative(position_bias, H, S, T, sequences, device)
         elif position_bias is not None:
-            raise TypeError(f"position_bias must be fasttx.ALiBi, fasttx.RelativePositionBias or None, got {type(position_bias).__name__}")
+            raise TypeError(
+                f"position_bias must be fasttx.ALiBi, fasttx.RelativePositionBias or None, got "
+                f"{type(position_bias).__name__}"
+            )
         rest = (slopes, positions, lut, cu_q, cu_k, _seed(seed, device) if dropout_p else None)
     if mask is not None:
         mask = _mask(mask, B, H, S, T, leading, device)
-    scalars = (float(scale), float(softcap), float(dropout_p), left, right, bool(lower_right), bias_shift)
+    scalars = (
+        float(scale),
+        float(softcap),
+        float(dropout_p),
+        left,
+        right,
+        bool(lower_right),
+        bias_shift,
+    )
     return Call((query, key, value, mask, table), rest, scalars, leading)
 
 
 def _autocast(t: Tensor, device_type: str) -> Tensor:
-    return t.to(torch.get_autocast_dtype(device_type)) if t.is_floating_point() and t.dtype is not torch.float64 else t
+    return (
+        t.to(torch.get_autocast_dtype(device_type))
+        if t.is_floating_point() and t.dtype is not torch.float64
+        else t
+    )
 
 
 def _to_4d(query: Tensor, key: Tensor, value: Tensor):
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() < 2:
-            raise ValueError(f"{name} must have at least 2 dimensions [..., length, head size], got shape {tuple(t.shape)}")
+            raise ValueError(
+                f"{name} must have at least 2 dimensions [..., length, head size], got shape "
+                f"{tuple(t.shape)}"
+            )
         if t.dim() != query.dim():
-            raise ValueError(f"{name} must have query's {query.dim()} dimensions, got shape {tuple(t.shape)}")
+            raise ValueError(
+                f"{name} must have query's {query.dim()} dimensions, got shape {tuple(t.shape)}"
+            )
     if query.dim() == 2:
         return (), query[None, None], key[None, None], value[None, None]
     if query.dim() == 3:
@@ -122,7 +176,10 @@ def _broadcast(*shapes) -> tuple[int, ...]:
         return tuple(torch.broadcast_shapes(*shapes))
     except RuntimeError:
         names = zip(("query", "key", "value"), shapes, strict=True)
-        raise ValueError("leading dimensions must broadcast, got " + ", ".join(f"{n} {tuple(s)}" for n, s in names)) from None
+        raise ValueError(
+            "leading dimensions must broadcast, got "
+            + ", ".join(f"{n} {tuple(s)}" for n, s in names)
+        ) from None
 
 
 def _broadcast_batch(query: Tensor, key: Tensor, value: Tensor):
@@ -134,8 +191,12 @@ def _window(window) -> tuple[int, int]:
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise ValueError(f"window must be a pair (left, right) or None, got {window!r}")
     for side in window:
-        if side is not None and (isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)) or side < 0):
-            raise ValueError(f"window must hold two of int >= 0 or None (unbounded), got {tuple(window)!r}")
+        if side is not None and (
+            isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)) or side < 0
+        ):
+            raise ValueError(
+                f"window must hold two of int >= 0 or None (unbounded), got {tuple(window)!r}"
+            )
     return tuple(-1 if side is None else side for side in window)
 
 
@@ -143,12 +204,16 @@ def _mask(mask, B: int, H: int, S: int, T: int, leading: tuple | None, device) -
     if not isinstance(mask, Tensor):
         raise TypeError(f"attn_mask must be a tensor or None, got {type(mask).__name__}")
     if mask.dtype is not torch.bool and not mask.is_floating_point():
-        raise TypeError(f"attn_mask must be bool (True: visible) or floating (added), got {_short(mask.dtype)}")
+        raise TypeError(
+            f"attn_mask must be bool (True: visible) or floating (added), got {_short(mask.dtype)}"
+        )
     if mask.device != device:
         raise ValueError(f"attn_mask must be on query's device {device}, got {mask.device}")
     full = (B, H, S, T) if leading is None else (*leading, S, T)
     shape = tuple(mask.shape)
-    if len(shape) > len(full) or any(m != 1 and m != n for m, n in zip(reversed(shape), reversed(full), strict=False)):
+    if len(shape) > len(full) or any(
+        m != 1 and m != n for m, n in zip(reversed(shape), reversed(full), strict=False)
+    ):
         raise ValueError(f"attn_mask must broadcast to {full}, got shape {shape}")
     if leading is not None and len(leading) > 2:
         mask = mask.expand(leading[:-1] + mask.shape[-3:]) if mask.dim() >= 3 else mask
@@ -159,9 +224,14 @@ def _mask(mask, B: int, H: int, S: int, T: int, leading: tuple | None, device) -
 def _packed(cu_seqlens, B: int, S: int, T: int, device) -> tuple[Tensor, Tensor]:
     pair = cu_seqlens if isinstance(cu_seqlens, (tuple, list)) else (cu_seqlens, cu_seqlens)
     if len(pair) != 2 or not all(isinstance(c, Tensor) for c in pair):
-        raise TypeError(f"cu_seqlens must be a tensor [n + 1] or a pair of them for query and key, got {cu_seqlens!r}")
+        raise TypeError(
+            f"cu_seqlens must be a tensor [n + 1] or a pair of them for query and key, got "
+            f"{cu_seqlens!r}"
+        )
     if B != 1:
-        raise ValueError(f"cu_seqlens needs a batch of 1, sequences one after the other, got batch {B}")
+        raise ValueError(
+            f"cu_seqlens needs a batch of 1, sequences one after the other, got batch {B}"
+        )
     for name, cu, total in (("query", pair[0], S), ("key", pair[1], T)):
         if cu.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"cu_seqlens must be int32 or int64, got {_short(cu.dtype)}")
@@ -171,44 +241,73 @@ def _packed(cu_seqlens, B: int, S: int, T: int, device) -> tuple[Tensor, Tensor]
             raise ValueError(f"cu_seqlens must be on query's device {device}, got {cu.device}")
         if has_values(cu):
             bounds = cu.tolist()
-            if bounds[0] != 0 or any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
+            if bounds[0] != 0 or any(b < a for a, b in pairwise(bounds)):
                 raise ValueError(f"cu_seqlens must start at 0 and never fall, got {bounds}")
             if bounds[-1] > total:
-                raise ValueError(f"cu_seqlens must end at or before {name}'s length {total}, got {bounds}")
+                raise ValueError(
+                    f"cu_seqlens must end at or before {name}'s length {total}, got {bounds}"
+                )
     if pair[0].shape != pair[1].shape:
-        raise ValueError(f"cu_seqlens must bound as many sequences for query as for key, got {pair[0].shape[0] - 1} and {pair[1].shape[0] - 1}")
+        raise ValueError(
+            f"cu_seqlens must bound as many sequences for query as for key, got "
+            f"{pair[0].shape[0] - 1} and {pair[1].shape[0] - 1}"
+        )
     return tuple(c.to(torch.int32).contiguous() for c in pair)
 
 
-def _alibi(bias: ALiBi, B: int, H: int, T: int, sequences: int | None, device) -> tuple[Tensor, Tensor | None]:
+def _alibi(
+    bias: ALiBi, B: int, H: int, T: int, sequences: int | None, device
+) -> tuple[Tensor, Tensor | None]:
     slopes, positions = bias.slopes, bias.positions
     rows = B if sequences is None else sequences
     slopes = slopes[None] if slopes.dim() == 1 else slopes
     if slopes.shape[1] != H or slopes.shape[0] not in (1, rows):
-        raise ValueError(f"position_bias.slopes must be [{H}] or [{rows}, {H}], got shape {tuple(bias.slopes.shape)}")
+        raise ValueError(
+            f"position_bias.slopes must be [{H}] or [{rows}, {H}], got shape "
+            f"{tuple(bias.slopes.shape)}"
+        )
     if slopes.device != device:
-        raise ValueError(f"position_bias.slopes must be on query's device {device}, got {slopes.device}")
+        raise ValueError(
+            f"position_bias.slopes must be on query's device {device}, got {slopes.device}"
+        )
     if positions is not None:
         if sequences is not None:
-            raise ValueError("position_bias.positions cannot be combined with cu_seqlens: positions restart in each packed sequence")
+            raise ValueError(
+                "position_bias.positions cannot be combined with cu_seqlens: positions restart in "
+                "each packed sequence"
+            )
         positions = positions[None] if positions.dim() == 1 else positions
         if positions.shape[1] != T or positions.shape[0] not in (1, B):
-            raise ValueError(f"position_bias.positions must be [{T}] or [{B}, {T}], got shape {tuple(bias.positions.shape)}")
+            raise ValueError(
+                f"position_bias.positions must be [{T}] or [{B}, {T}], got shape "
+                f"{tuple(bias.positions.shape)}"
+            )
         if positions.device != device:
-            raise ValueError(f"position_bias.positions must be on query's device {device}, got {positions.device}")
+            raise ValueError(
+                f"position_bias.positions must be on query's device {device}, got "
+                f"{positions.device}"
+            )
         positions = positions.detach().to(torch.float32)
     return slopes.to(torch.float32), positions
 
 
-def _relative(bias: RelativePositionBias, H: int, S: int, T: int, sequences: int | None, device) -> tuple[Tensor, Tensor, int]:
+def _relative(
+    bias: RelativePositionBias, H: int, S: int, T: int, sequences: int | None, device
+) -> tuple[Tensor, Tensor, int]:
     if bias.weight.shape[1] != H:
-        raise ValueError(f"position_bias.weight must be [buckets, {H}], got shape {tuple(bias.weight.shape)}")
+        raise ValueError(
+            f"position_bias.weight must be [buckets, {H}], got shape {tuple(bias.weight.shape)}"
+        )
     if bias.weight.device != device:
-        raise ValueError(f"position_bias.weight must be on query's device {device}, got {bias.weight.device}")
+        raise ValueError(
+            f"position_bias.weight must be on query's device {device}, got {bias.weight.device}"
+        )
     shift = 0
     if bias.query_offset is not None:
         if sequences is not None:
-            raise ValueError(f"position_bias.query_offset must be None with cu_seqlens, got {bias.query_offset}")
+            raise ValueError(
+                f"position_bias.query_offset must be None with cu_seqlens, got {bias.query_offset}"
+            )
         shift = bias.query_offset - (T - S)
     return bias.weight, bias.buckets(), shift
 
@@ -218,18 +317,29 @@ def _seed(seed, device) -> Tensor:
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
         if seed.dtype is not torch.int64 or seed.numel() != 1:
-            raise ValueError(f"seed must be an int64 tensor of one element, got {_short(seed.dtype)} {tuple(seed.shape)}")
+            raise ValueError(
+                f"seed must be an int64 tensor of one element, got {_short(seed.dtype)} "
+                f"{tuple(seed.shape)}"
+            )
         if seed.device != device:
             raise ValueError(f"seed must be on query's device {device}, got {seed.device}")
         return seed.reshape(1)
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed must be a 64-bit int, an int64 tensor of one element or None, got {seed!r}")
+        raise ValueError(
+            f"seed must be a 64-bit int, an int64 tensor of one element or None, got {seed!r}"
+        )
     return torch.tensor([seed], dtype=torch.int64, device=device)
 
 
 def has_values(t: Tensor) -> bool:
-    """Whether reading t's values is possible and free: a real CPU tensor outside tracing and transforms."""
-    return not torch.compiler.is_compiling() and type(t) is Tensor and t.device.type == "cpu" and not torch._C._are_functorch_transforms_active()
+    """Whether reading t's values is possible and free: a real CPU tensor outside tracing and
+    transforms."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(t) is Tensor
+        and t.device.type == "cpu"
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _number(name: str, value, allowed: str) -> Exception:

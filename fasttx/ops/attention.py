@@ -1,15 +1,18 @@
-"""out = softmax(softcap(scale * q k^T) + bias + mask) v, for encoders, decoders and cross-attention.
+"""out = softmax(softcap(scale * q k^T) + bias + mask) v, for encoders, decoders and
+cross-attention.
 
-Shapes: B batch, H heads, G key/value heads (H % G == 0, head h reads h // (H // G)), S queries, T keys, D head size.
-q [B,H,S,D], k [B,G,T,D], v [B,G,T,Dv]; out [B,H,S,Dv] in the memory order [B,S,H,Dv]; lse [B,H,S] float32, the natural
-log of the sum of exp of the final logits, -inf for a row with no visible key, whose out and gradients are 0.
+Shapes: B batch, H heads, G key/value heads (H % G == 0, head h reads h // (H // G)), S queries, T
+keys, D head size. q [B,H,S,D], k [B,G,T,D], v [B,G,T,Dv]; out [B,H,S,Dv] in the memory order
+[B,S,H,Dv]; lse [B,H,S] float32, the natural log of the sum of exp of the final logits, -inf for a
+row with no visible key, whose out and gradients are 0.
 
-Below the door flags are plain scalars. Pair (i, j) is visible only if i + off - left <= j <= i + off + right, off = T - S
-where lower_right, else 0, and -1 is unbounded. mask [B|1,H|1,S|1,T|1] is bool (True visible) or additive (exactly -inf
-hidden). slopes [B|1,H] and positions [B|1,T] are ALiBi; table [buckets,H] with lut int32 [2M+1] is a relative bias, the
-bucket of d = j - (i + T - S + bias_shift) at lut[clamp(d) + M]. cu_q, cu_k int32 [n+1] bound the packed sequences of
-B = 1. seed int64 [1] is the key of the dropout bits (fasttx/reference/philox.py). need: dq 1, dk 2, dv 4, dmask 8, dtable 16.
-Residuals q, k, v, out, lse: any backend's backward follows any backend's forward.
+Below the door flags are plain scalars. Pair (i, j) is visible only if i + off - left <= j <= i +
+off + right, off = T - S where lower_right, else 0, and -1 is unbounded. mask [B|1,H|1,S|1,T|1] is
+bool (True visible) or additive (exactly -inf hidden). slopes [B|1,H] and positions [B|1,T] are
+ALiBi; table [buckets,H] with lut int32 [2M+1] is a relative bias, the bucket of d = j - (i + T - S
++ bias_shift) at lut[clamp(d) + M]. cu_q, cu_k int32 [n+1] bound the packed sequences of B = 1. seed
+int64 [1] is the key of the dropout bits (fasttx/reference/philox.py). need: dq 1, dk 2, dv 4, dmask
+8, dtable 16. Residuals q, k, v, out, lse: any backend's backward follows any backend's forward.
 """
 
 import torch
@@ -24,22 +27,29 @@ __all__ = ["ALiBi", "RelativePositionBias", "attention", "attention_bwd", "atten
 
 @Op
 def attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None, positions: Tensor | None,
-    table: Tensor | None, lut: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, seed: Tensor | None,
-    scale: float, softcap: float, dropout_p: float, left: int, right: int, lower_right: bool, bias_shift: int,
+    q: Tensor, k: Tensor, v: Tensor,
+    mask: Tensor | None, slopes: Tensor | None, positions: Tensor | None, table: Tensor | None,
+    lut: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, seed: Tensor | None,
+    scale: float, softcap: float, dropout_p: float,
+    left: int, right: int, lower_right: bool, bias_shift: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, H, S, _ = q.shape
-    return q.new_empty((B, S, H, v.shape[3])).transpose(1, 2), q.new_empty((B, H, S), dtype=_statistics(q))
+    out = q.new_empty((B, S, H, v.shape[3])).transpose(1, 2)
+    return out, q.new_empty((B, H, S), dtype=_statistics(q))
 
 
 @Op
 def attention_bwd(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    mask: Tensor | None, slopes: Tensor | None, positions: Tensor | None,
-    table: Tensor | None, lut: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, seed: Tensor | None,
-    scale: float, softcap: float, dropout_p: float, left: int, right: int, lower_right: bool, bias_shift: int, need: int,
+    mask: Tensor | None, slopes: Tensor | None, positions: Tensor | None, table: Tensor | None,
+    lut: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, seed: Tensor | None,
+    scale: float, softcap: float, dropout_p: float,
+    left: int, right: int, lower_right: bool, bias_shift: int, need: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    grads = [torch.empty_like(t) if need >> bit & 1 else q.new_empty(0) for bit, t in enumerate((q, k, v))]
+    grads = [
+        torch.empty_like(t) if need >> bit & 1 else q.new_empty(0)
+        for bit, t in enumerate((q, k, v))
+    ]
     for bit, t in ((3, mask), (4, table)):
         grads.append(t.new_empty(t.shape) if t is not None and need >> bit & 1 else q.new_empty(0))
     return tuple(grads)
@@ -57,7 +67,9 @@ for _op in (attention_fwd, attention_bwd):
     _op.kernels(
         cpu=[
             Kernel("cpu", f"native:{_op.name}_cpu", Needs(sizes=_HEADS)),
-            Kernel("triton", _triton, Needs(sizes=_HEADS, env=("TRITON_INTERPRET", "1"), by_name=True)),
+            Kernel(
+                "triton", _triton, Needs(sizes=_HEADS, env=("TRITON_INTERPRET", "1"), by_name=True)
+            ),
             _reference,
         ],
         cuda=[Kernel("triton", _triton, Needs(sizes=_HEADS, sm=80)), _reference],
@@ -73,7 +85,8 @@ def _forward(q, k, v, mask, table, rest, scalars, backend):
 
 
 class _Attention(torch.autograd.Function):
-    """rest = (slopes, positions, lut, cu_q, cu_k, seed); scalars = attention_fwd's from scale on."""
+    """rest = (slopes, positions, lut, cu_q, cu_k, seed); scalars = attention_fwd's from scale
+    on."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask, table, rest, scalars, return_lse, backend):
@@ -95,22 +108,57 @@ class _Attention(torch.autograd.Function):
         need = sum(1 << bit for bit, needed in enumerate(ctx.needs_input_grad[:5]) if needed)
         if dout is None:
             dout = torch.zeros_like(out)
-        call = (dout, dlse, q, k, v, mask, table, out, lse, tuple(rest), ctx.scalars, need, ctx.backend)
+        call = (
+            dout,
+            dlse,
+            q,
+            k,
+            v,
+            mask,
+            table,
+            out,
+            lse,
+            tuple(rest),
+            ctx.scalars,
+            need,
+            ctx.backend,
+        )
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             grads = _backward(*call)
         else:
-            double = _AttentionBackwardFunctorch if torch._C._are_functorch_transforms_active() else _AttentionBackward
+            double = (
+                _AttentionBackwardFunctorch
+                if torch._C._are_functorch_transforms_active()
+                else _AttentionBackward
+            )
             grads = double.apply(*call)
         return *_needed(grads, need), None, None, None, None
 
 
 def _backward(dout, dlse, q, k, v, mask, table, out, lse, rest, scalars, need, backend):
     slopes, positions, *packed = rest
-    return attention_bwd(dout, dlse, q, k, v, out, lse, mask, slopes, positions, table, *packed, *scalars, need, backend=backend)
+    return attention_bwd(
+        dout,
+        dlse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        mask,
+        slopes,
+        positions,
+        table,
+        *packed,
+        *scalars,
+        need,
+        backend=backend,
+    )
 
 
 class _AttentionBackward(torch.autograd.Function):
-    """The backward as a Function of its own, so that a second derivative exists: by the reference, in O(S x T) memory."""
+    """The backward as a Function of its own, so that a second derivative exists: by the reference,
+    in O(S x T) memory."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -127,31 +175,39 @@ class _AttentionBackward(torch.autograd.Function):
     def backward(ctx, *upstream):
         from ..reference.attention import attention_math
 
-        again = torch.is_grad_enabled()
-        saved = list(ctx.saved_tensors)
-        with torch.enable_grad():
-            # Aliases cut the paths between the inputs, so that these are partial derivatives.
-            leaves = [t if t is None or not t.is_floating_point() else t.view_as(t) for t in saved[:7]]
-            leaves = [t if t is None or t.requires_grad or not t.is_floating_point() else t.detach().requires_grad_() for t in leaves]
-            dout, dlse, q, k, v, mask, table = leaves
-            slopes, positions, *packed = saved[7:]
-            out, lse = attention_math(q, k, v, mask, slopes, positions, table, *packed, *ctx.scalars)
-            wanted = [t for bit, t in enumerate((q, k, v, mask, table)) if ctx.need >> bit & 1]
-            results, cotangents = [out], [dout.to(out.dtype)]
-            if dlse is not None:
-                results, cotangents = [*results, lse], [*cotangents, dlse.to(lse.dtype)]
-            first = torch.autograd.grad(results, wanted, cotangents, create_graph=True)
-            given = [g for bit, g in enumerate(upstream) if ctx.need >> bit & 1]
-            asked = [i for i, t in enumerate(leaves) if t is not None and ctx.needs_input_grad[i]]
-            second = torch.autograd.grad(first, [leaves[i] for i in asked], given, create_graph=again, allow_unused=True)
-        result: list[Tensor | None] = [None] * 13
-        for i, grad in zip(asked, second, strict=True):
-            result[i] = grad
-        return tuple(result)
+        saved, (slopes, positions, *packed) = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        present = [i for i, t in enumerate(saved) if t is not None and t.is_floating_point()]
+        given = [i for i in present if i >= 2]
+        wanted = [i for i in given if ctx.need >> (i - 2) & 1]
+
+        def gradients(*values):
+            at = dict(zip(present, values, strict=True))
+
+            def forward(*values):
+                q, k, v, mask, table = (
+                    {**at, **dict(zip(given, values, strict=True))}.get(i, saved[i])
+                    for i in range(2, 7)
+                )
+                out, lse = attention_math(
+                    q, k, v, mask, slopes, positions, table, *packed, *ctx.scalars
+                )
+                return (out, lse) if 1 in at else (out,)
+
+            outputs, pull = torch.func.vjp(forward, *(at[i] for i in given))
+            first = pull(tuple(at[i].to(o.dtype) for i, o in enumerate(outputs)))
+            return tuple(first[given.index(i)] for i in wanted)
+
+        _, pull = torch.func.vjp(gradients, *(saved[i] for i in present))
+        second = pull(tuple(upstream[i - 2] for i in wanted))
+        result = dict(zip(present, second, strict=True))
+        return tuple(
+            result.get(i) if needed else None for i, needed in enumerate(ctx.needs_input_grad)
+        )
 
 
 class _AttentionFunctorch(torch.autograd.Function):
-    """The same under torch.func transforms, which need setup_context (three times the overhead of the classic form)."""
+    """The same under torch.func transforms, which need setup_context (three times the overhead of
+    the classic form)."""
 
     generate_vmap_rule = True
     backward = _Attention.backward
@@ -196,41 +252,55 @@ def attention(
     seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Attention, a superset of torch.nn.functional.scaled_dot_product_attention: put in its place it gives the same answers.
+    r"""Attention, a superset of torch.nn.functional.scaled_dot_product_attention: put in its place
+    it gives the same answers.
 
     logits = softcap(scale * query key^T) + position_bias + attn_mask, hidden pairs removed;
     out = dropout(softmax(logits)) value.
 
     Args:
-        query: [..., H, S, D], float32, bfloat16, float16 (float64 by the reference). Any leading dimensions, any strides.
-        key, value: [..., G, T, D] and [..., G, T, Dv] with H % G == 0; query head h reads key head h // (H // G).
-        attn_mask: bool (True: visible) or floating (added; exactly -inf hides, any finite value is only a number), of any
-            shape that broadcasts to [..., H, S, T]. It is read through its strides, never expanded; its gradient has its shape.
-        dropout_p: in [0, 1); applied whenever above 0, as in PyTorch. Rounded to a multiple of 1/65536.
-        is_causal: False; True or "upper_left": key j <= query i; "lower_right": j <= i + T - S, as in cached decoding.
+        query: [..., H, S, D], float32, bfloat16, float16 (float64 by the reference). Any leading
+            dimensions, any strides.
+        key, value: [..., G, T, D] and [..., G, T, Dv] with H % G == 0; query head h reads key head
+            h // (H // G).
+        attn_mask: bool (True: visible) or floating (added; exactly -inf hides, any finite value is
+            only a number), of any shape that broadcasts to [..., H, S, T]. It is read through its
+            strides, never expanded; its gradient has its shape.
+        dropout_p: in [0, 1); applied whenever above 0, as in PyTorch. Rounded to a multiple of
+            1/65536.
+        is_causal: False; True or "upper_left": key j <= query i; "lower_right": j <= i + T - S, as
+            in cached decoding.
         scale: finite; None is 1 / sqrt(D).
         enable_gqa: accepted for compatibility; grouped heads are inferred.
         position_bias: ALiBi(...) or RelativePositionBias(...), computed inside the kernel.
-        window: (left, right), each an int >= 0 or None (unbounded), inclusive: query i sees keys i - left .. i + right, shifted
-            by T - S where is_causal="lower_right".
+        window: (left, right), each an int >= 0 or None (unbounded), inclusive: query i sees keys i
+            - left .. i + right, shifted by T - S where is_causal="lower_right".
         softcap: c > 0 turns the scaled product x into c * tanh(x / c), before bias and mask.
-        cu_seqlens: int32 or int64 [n + 1], or a pair for query and key: query, key and value hold n sequences one after the
-            other in [1, H, total, D] (or [H, total, D]); causal, bias, window and dropout restart in each.
+        cu_seqlens: int32 or int64 [n + 1], or a pair for query and key: query, key and value hold n
+            sequences one after the other in [1, H, total, D] (or [H, total, D]); causal, bias,
+            window and dropout restart in each.
         return_lse: also return the log-sum-exp of the logits, float32 [..., H, S], differentiable.
-        seed: the key of the dropout bits, an int or an int64 tensor of one element; None draws it from torch's generator.
-        backend: None chooses; "cpu", "triton", "reference" or "torch" runs that or raises with every kernel's reason.
+        seed: the key of the dropout bits, an int or an int64 tensor of one element; None draws it
+            from torch's generator.
+        backend: None chooses; "cpu", "triton", "reference" or "torch" runs that or raises with
+            every kernel's reason.
 
     Returns:
-        out [..., H, S, Dv] in query's dtype, or (out, lse). A row with no visible key gives 0 with gradient 0 and lse -inf.
-        What is hidden never reaches an output or a gradient, NaN and infinity included.
+        out [..., H, S, Dv] in query's dtype, or (out, lse). A row with no visible key gives 0 with
+        gradient 0 and lse -inf. What is hidden never reaches an output or a gradient, NaN and
+        infinity included.
 
     Raises:
         TypeError, ValueError: naming argument, value and what is allowed, before anything runs.
         NotImplementedError: no kernel supports the call, with each kernel's reason.
 
-    Sources: Dao, arXiv 2307.08691 (the algorithm); Press et al., 2108.12409 (ALiBi); Raffel et al., 1910.10683 (relative bias).
+    Sources: Dao, arXiv 2307.08691 (the algorithm); Press et al., 2108.12409 (ALiBi); Raffel et al.,
+    1910.10683 (relative bias).
     """
-    call = checked(query, key, value, attn_mask, dropout_p, is_causal, scale, position_bias, window, softcap, cu_seqlens, seed, backend)  # fmt: skip
+    call = checked(
+        query, key, value, attn_mask, dropout_p, is_causal, scale,
+        position_bias, window, softcap, cu_seqlens, seed, backend,
+    )  # fmt: skip
     if backend == "torch":
         return _torch(call, return_lse)
     tensors, rest, scalars = call.tensors, call.rest, call.scalars
@@ -241,13 +311,20 @@ def attention(
     else:
         out, lse = _forward(*tensors, rest, scalars, backend)
     if call.leading is not None:
-        out, lse = out.reshape(call.leading + out.shape[-2:]), lse.reshape(call.leading + lse.shape[-1:])
+        out, lse = (
+            out.reshape(call.leading + out.shape[-2:]),
+            lse.reshape(call.leading + lse.shape[-1:]),
+        )
     return (out, lse) if return_lse else out
 
 
 def _torch(call: Call, return_lse: bool) -> Tensor:
     """PyTorch's own attention, with its own autograd, where it means the same."""
-    (q, k, v, mask, table), (slopes, _, _, cu_q, _, _), (scale, softcap, dropout_p, left, right, lower_right, _) = call[:3]
+    (
+        (q, k, v, mask, table),
+        (slopes, _, _, cu_q, _, _),
+        (scale, softcap, dropout_p, left, right, lower_right, _),
+    ) = call[:3]
     causal = right == 0 and left < 0 and (not lower_right or q.shape[2] == k.shape[2])
     refusals = [
         name
@@ -263,7 +340,11 @@ def _torch(call: Call, return_lse: bool) -> Tensor:
         if given
     ]
     if refusals:
-        raise NotImplementedError(f"fasttx.attention: backend='torch' does not support {', '.join(refusals)}")
+        raise NotImplementedError(
+            f"fasttx.attention: backend='torch' does not support {', '.join(refusals)}"
+        )
     gqa = q.shape[1] != k.shape[1]
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=gqa
+    )
     return out if call.leading is None else out.reshape(call.leading + out.shape[-2:])

@@ -1,7 +1,8 @@
 """softmax(softcap(scale * q k^T) + bias + mask) v, in plain PyTorch and O(S x T) memory.
 
-`attention_math` is differentiable to any order; `attention_fwd` and `attention_bwd` are the backend, with the
-calling convention of fasttx/ops/attention.py. Statistics in fp32, in fp64 for fp64 inputs.
+`attention_math` is differentiable to any order; `attention_fwd` and `attention_bwd` are the
+backend, with the calling convention of fasttx/ops/attention.py. Statistics in fp32, in fp64 for
+fp64 inputs.
 """
 
 import torch
@@ -14,7 +15,11 @@ def visible_band(S: int, T: int, left: int, right: int, lower_right: bool, devic
     """bool [S, T]: i + off - left <= j <= i + off + right; None where both sides are unbounded."""
     if left < 0 and right < 0:
         return None
-    away = torch.arange(T, device=device) - torch.arange(S, device=device)[:, None] - (T - S if lower_right else 0)
+    away = (
+        torch.arange(T, device=device)
+        - torch.arange(S, device=device)[:, None]
+        - (T - S if lower_right else 0)
+    )
     band = torch.ones_like(away, dtype=torch.bool)
     if left >= 0:
         band &= away >= -left
@@ -24,18 +29,26 @@ def visible_band(S: int, T: int, left: int, right: int, lower_right: bool, devic
 
 
 def relative_bias(table: Tensor, lut: Tensor, S: int, T: int, bias_shift: int) -> Tensor:
-    """[H, S, T] from table [buckets, H]: the bucket of d = j - (i + T - S + bias_shift), clamped to lut's range."""
+    """[H, S, T] from table [buckets, H]: the bucket of d = j - (i + T - S + bias_shift), clamped to
+    lut's range."""
     return table[distance_buckets(lut, S, T, bias_shift)].permute(2, 0, 1)
 
 
 def distance_buckets(lut: Tensor, S: int, T: int, bias_shift: int) -> Tensor:
     reach = (lut.numel() - 1) // 2
-    away = torch.arange(T, device=lut.device) - torch.arange(S, device=lut.device)[:, None] - (T - S + bias_shift)
+    away = (
+        torch.arange(T, device=lut.device)
+        - torch.arange(S, device=lut.device)[:, None]
+        - (T - S + bias_shift)
+    )
     return lut[away.clamp(-reach, reach) + reach].long()
 
 
-def _logits(q, k, mask, slopes, positions, table, lut, scale, softcap, left, right, lower_right, bias_shift):
-    """Final logits with -inf where hidden, the visible pairs, and softcap's derivative; q k [B, H, ., D] of one dtype."""
+def _logits(
+    q, k, mask, slopes, positions, table, lut, scale, softcap, left, right, lower_right, bias_shift
+):
+    """Final logits with -inf where hidden, the visible pairs, and softcap's derivative; q k [B, H,
+    ., D] of one dtype."""
     S, T = q.shape[2], k.shape[2]
     x = scale * (q @ k.transpose(2, 3))
     slope = None
@@ -69,10 +82,42 @@ def _product(p: Tensor, v: Tensor, used: Tensor) -> Tensor:
     return torch.where(used[..., None], p[..., None] * v[..., None, :, :], 0).sum(-2)
 
 
-def _dense_math(q, k, v, mask, slopes, positions, table, lut, seed, scale, softcap, dropout_p, left, right, lower_right, bias_shift, batch):
+def _dense_math(
+    q,
+    k,
+    v,
+    mask,
+    slopes,
+    positions,
+    table,
+    lut,
+    seed,
+    scale,
+    softcap,
+    dropout_p,
+    left,
+    right,
+    lower_right,
+    bias_shift,
+    batch,
+):
     if (group := _group(q, k)) != 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    x, visible, _ = _logits(q, k, mask, slopes, positions, table, lut, scale, softcap, left, right, lower_right, bias_shift)
+    x, visible, _ = _logits(
+        q,
+        k,
+        mask,
+        slopes,
+        positions,
+        table,
+        lut,
+        scale,
+        softcap,
+        left,
+        right,
+        lower_right,
+        bias_shift,
+    )
     some = visible.any(-1, keepdim=True)
     lse = torch.logsumexp(x.masked_fill(~some, 0), -1, keepdim=True)
     p = torch.where(visible, (x - lse).exp(), 0)
@@ -84,8 +129,29 @@ def _dense_math(q, k, v, mask, slopes, positions, table, lut, seed, scale, softc
     return _product(p, v, used), lse.squeeze(-1)
 
 
-def attention_math(q, k, v, mask, slopes, positions, table, lut, cu_q, cu_k, seed, scale, softcap, dropout_p, left, right, lower_right, bias_shift, compute=None):
-    """(out, lse), differentiable; the arguments of attention_fwd. compute: the dtype of every step, fp32 where None (fp64 for fp64)."""
+def attention_math(
+    q,
+    k,
+    v,
+    mask,
+    slopes,
+    positions,
+    table,
+    lut,
+    cu_q,
+    cu_k,
+    seed,
+    scale,
+    softcap,
+    dropout_p,
+    left,
+    right,
+    lower_right,
+    bias_shift,
+    compute=None,
+):
+    """(out, lse), differentiable; the arguments of attention_fwd. compute: the dtype of every step,
+    fp32 where None (fp64 for fp64)."""
     wide = compute or torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
     rest = (scale, softcap, dropout_p, left, right, lower_right, bias_shift)
@@ -94,8 +160,23 @@ def attention_math(q, k, v, mask, slopes, positions, table, lut, cu_q, cu_k, see
     out, lse = q.new_zeros(q.shape[:3] + v.shape[3:]), q.new_full(q.shape[:3], -torch.inf)
     for s, (rows, keys) in enumerate(_sequences(cu_q, cu_k)):
         slope = slopes if slopes is None or slopes.shape[0] == 1 else slopes[s : s + 1]
-        o, each = _dense_math(q[:, :, rows], k[:, :, keys], v[:, :, keys], None, slope, None, table, lut, seed, *rest, s)
-        out, lse = out.slice_scatter(o, 2, rows.start, rows.stop), lse.slice_scatter(each, 2, rows.start, rows.stop)
+        o, each = _dense_math(
+            q[:, :, rows],
+            k[:, :, keys],
+            v[:, :, keys],
+            None,
+            slope,
+            None,
+            table,
+            lut,
+            seed,
+            *rest,
+            s,
+        )
+        out, lse = (
+            out.slice_scatter(o, 2, rows.start, rows.stop),
+            lse.slice_scatter(each, 2, rows.start, rows.stop),
+        )
     return out, lse
 
 
@@ -111,15 +192,20 @@ def attention_fwd(out, lse, q, *args):
         lse.copy_(statistics)
 
 
-def attention_bwd(dq, dk, dv, dmask, dtable, dout, dlse, q, k, v, out, lse, mask, slopes, positions, table, lut, cu_q, cu_k, seed,
-                  scale, softcap, dropout_p, left, right, lower_right, bias_shift, need):  # fmt: skip
+def attention_bwd(
+    dq, dk, dv, dmask, dtable, dout, dlse, q, k, v, out, lse,
+    mask, slopes, positions, table, lut, cu_q, cu_k, seed,
+    scale, softcap, dropout_p, left, right, lower_right, bias_shift, need,
+):  # fmt: skip
     wide = torch.promote_types(q.dtype, torch.float32)
     rest = (scale, softcap, dropout_p, left, right, lower_right, bias_shift)
     with torch.autocast(q.device.type, enabled=False), torch.no_grad():
         widened = [t.to(wide) for t in (dout, q, k, v, out, lse)]
         dlse = None if dlse is None else dlse.to(wide)
         if cu_q is None:
-            grads = _dense_backward(*widened, dlse, mask, slopes, positions, table, lut, seed, *rest, 0)
+            grads = _dense_backward(
+                *widened, dlse, mask, slopes, positions, table, lut, seed, *rest, 0
+            )
         else:
             dout, q, k, v, out, lse = widened
             grads = [torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), None, None]
@@ -127,7 +213,23 @@ def attention_bwd(dq, dk, dv, dmask, dtable, dout, dlse, q, k, v, out, lse, mask
                 r, c = (slice(None), slice(None), rows), (slice(None), slice(None), keys)
                 slope = slopes if slopes is None or slopes.shape[0] == 1 else slopes[s : s + 1]
                 dl = None if dlse is None else dlse[r]
-                part = _dense_backward(dout[r], q[r], k[c], v[c], out[r], lse[r], dl, None, slope, None, table, lut, seed, *rest, s)
+                part = _dense_backward(
+                    dout[r],
+                    q[r],
+                    k[c],
+                    v[c],
+                    out[r],
+                    lse[r],
+                    dl,
+                    None,
+                    slope,
+                    None,
+                    table,
+                    lut,
+                    seed,
+                    *rest,
+                    s,
+                )
                 for grad, where, value in zip(grads, (r, c, c), part, strict=False):
                     grad[where] = value
                 if table is not None:
@@ -139,12 +241,30 @@ def attention_bwd(dq, dk, dv, dmask, dtable, dout, dlse, q, k, v, out, lse, mask
                 result.copy_(grad)
 
 
-def _dense_backward(dout, q, k, v, out, lse, dlse, mask, slopes, positions, table, lut, seed,
-                    scale, softcap, dropout_p, left, right, lower_right, bias_shift, batch):  # fmt: skip
+def _dense_backward(
+    dout, q, k, v, out, lse, dlse, mask, slopes, positions, table, lut, seed,
+    scale, softcap, dropout_p, left, right, lower_right, bias_shift, batch,
+):  # fmt: skip
     group, G = _group(q, k), k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    x, visible, slope = _logits(q, k, mask, slopes, positions, table, lut, scale, softcap, left, right, lower_right, bias_shift)
-    p = torch.where(visible, (x - lse[..., None].masked_fill(lse[..., None] == -torch.inf, 0)).exp(), 0)
+    x, visible, slope = _logits(
+        q,
+        k,
+        mask,
+        slopes,
+        positions,
+        table,
+        lut,
+        scale,
+        softcap,
+        left,
+        right,
+        lower_right,
+        bias_shift,
+    )
+    p = torch.where(
+        visible, (x - lse[..., None].masked_fill(lse[..., None] == -torch.inf, 0)).exp(), 0
+    )
     dp, used, dropped = dout @ v.transpose(2, 3), visible, p
     if threshold := dropout_threshold(dropout_p):
         used = visible & philox_mask(seed, dropout_p, *x.shape, first_batch=batch)
@@ -163,4 +283,3 @@ def _dense_backward(dout, q, k, v, out, lse, dlse, mask, slopes, positions, tabl
     dk = _product(ds.transpose(2, 3), q, visible.transpose(2, 3))
     heads = lambda t: t.unflatten(1, (G, group)).sum(2)  # noqa: E731
     return dq, heads(dk), heads(dv), dmask, dtable
-
