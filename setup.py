@@ -224,7 +224,7 @@ class NinjaBuildExt(build_ext):
     def plan_bindings(self, ninja, bindings, library):
         import pybind11
 
-        flags = [*CXX_FLAGS, f"-I{CSRC}"]
+        flags = [*CXX_FLAGS, "-O1", f"-I{CSRC}"]
         for include in (pybind11.get_include(), sysconfig.get_path("include")):
             flags += ["-isystem", include]
         objects = [ninja.object(CSRC / "bind.cpp", flags)]
