@@ -144,6 +144,7 @@ FASTTX_INLINE vi select(vmask m, vi a, vi b) { return (m & a) | (~m & b); }
 FASTTX_INLINE vf zero_unless(vmask m, vf a) { return (vf)(m & (vi)a); }
 #endif
 
+FASTTX_INLINE vi max(vi a, vi b) { return a > b ? a : b; }
 FASTTX_INLINE vf abs(vf x) { return (vf)((vi)x & 0x7fffffff); }
 // True where x is NaN or infinite.
 FASTTX_INLINE vmask not_finite(vf x) { return less(set1i(0x7f7fffff), (vi)x & 0x7fffffff); }
@@ -334,6 +335,11 @@ FASTTX_INLINE vi pack_pair(vf a, vf b) {
 #else
   return (vi)((x >> 16) | (y & 0xffff0000));
 #endif
+}
+// The same rounded to nearest even; finite values only.
+FASTTX_INLINE vi round_pair(vf a, vf b) {
+  const vu x = (vu)a + 0x7fff + (((vu)a >> 16) & 1), y = (vu)b + 0x7fff + (((vu)b >> 16) & 1);
+  return (vi)((x >> 16) | (y & 0xffff0000));
 }
 FASTTX_INLINE vf pair_low(vi p) { return (vf)((vu)p << 16); }
 FASTTX_INLINE vf pair_high(vi p) { return (vf)((vu)p & 0xffff0000); }

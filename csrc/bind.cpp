@@ -1,0 +1,56 @@
+// fasttx._C: what the library says about itself, and the hooks of the tests.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "fasttx.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// A one-dimensional, contiguous buffer of float or uint32.
+template <class T>
+T* data(const py::buffer& b, py::ssize_t items, bool writable = false) {
+  const py::buffer_info info = b.request(writable);
+  if (info.size != items || info.itemsize != sizeof(T))
+    throw py::value_error("buffer of " + std::to_string(info.size) + " items of " +
+                          std::to_string(info.itemsize) + " bytes, expected " +
+                          std::to_string(items) + " of " + std::to_string(sizeof(T)));
+  return static_cast<T*>(info.ptr);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.def("cpu_isa", &fasttx_cpu_isa, "The instruction set the CPU kernels run on.");
+  m.def(
+      "cpu_isas",
+      [] {
+        py::list names;
+        for (int i = 0; const char* name = fasttx_cpu_isa_name(i); i++) names.append(name);
+        return names;
+      },
+      "The instruction sets this CPU can run, slowest first.");
+  m.def(
+      "cuda_built", [] { return false; }, "Whether the library holds CUDA kernels.");
+
+  m.def("_exp2", [](const py::buffer& x, const py::buffer& y, int degree) {
+    const py::ssize_t n = x.request().size;
+    fasttx_test_exp2(data<float>(x, n), data<float>(y, n, true), n, degree);
+  });
+  m.def("_tanh", [](const py::buffer& x, const py::buffer& y) {
+    const py::ssize_t n = x.request().size;
+    fasttx_test_tanh(data<float>(x, n), data<float>(y, n, true), n);
+  });
+  m.def("_round", [](const py::buffer& x, const py::buffer& y, const std::string& to) {
+    const py::ssize_t n = x.request().size;
+    fasttx_test_round(data<float>(x, n), data<float>(y, n, true), n,
+                      to == "bfloat16" ? FASTTX_BF16 : FASTTX_F16);
+  });
+  m.def("_philox", [](uint64_t seed, uint32_t column_group, uint32_t row, uint32_t head,
+                      uint32_t batch, const py::buffer& words) {
+    const py::ssize_t n = words.request().size / 4;
+    fasttx_test_philox(data<uint32_t>(words, n * 4, true), n, seed, column_group, row, head, batch);
+  });
+}

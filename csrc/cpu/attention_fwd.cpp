@@ -1,0 +1,635 @@
+// Attention forward: O = dropout(softmax(logits)) V, one pass over the keys with a running maximum.
+//
+// Everything is transposed: lanes are queries, rows are keys. A block of NQ * W queries is packed
+// once as Q^T; S^T = K Q^T and O^T = V^T P^T are then both "broadcast one number, multiply a vector
+// of queries", and the softmax needs no horizontal operation. K is read as it lies in memory; bf16 V
+// is interleaved by row pairs for vdpbf16ps. Without that instruction, and for fp16, K and V are
+// converted to fp32 first.
+#include "cpu/attention.h"
+
+#include <string.h>
+
+namespace fasttx::FASTTX_ISA {
+namespace {
+
+#if FASTTX_AVX512
+constexpr int NQ = 4;        // vectors of queries in a block
+constexpr int NK = 6;        // keys (or value columns) in a register tile of NQ vectors
+constexpr int NK_ONE = 16;   // and in a tile of one vector
+constexpr int BLOCK = 128;   // keys between two updates of the maximum
+#elif FASTTX_AVX2
+constexpr int NQ = 2, NK = 6, NK_ONE = 8, BLOCK = 128;
+#else
+constexpr int NQ = 2, NK = 4, NK_ONE = 8, BLOCK = 128;
+#endif
+constexpr int BQ = NQ * W;
+// Below this many keys K is copied with zero rows behind it, so that a tile may run over the end.
+constexpr int64_t SHORT_KEYS = 2 * NK_ONE;
+// Tiles may write this many rows before the first and behind the last of a strip.
+constexpr int SLACK = NK_ONE;
+
+template <class E>
+struct IsBf16 {
+  static constexpr bool value = false;
+};
+template <>
+struct IsBf16<bf16> {
+  static constexpr bool value = true;
+};
+
+template <bool PAIRS>
+struct Element {
+  typedef float type;
+};
+template <>
+struct Element<true> {
+  typedef bf16 type;
+};
+
+// K and V of one head, ready for the tiles. k[j * ldk + d]; v[j * ldv + d], or for PAIRS
+// v[(j / 2 * ldv + d) * 2 + j % 2].
+template <class KV>
+struct Keys {
+  const KV* k;
+  const KV* v;
+  int64_t ldk, ldv;
+};
+
+// Working memory of one query block.
+struct Tile {
+  vf* q;       // [D or D / 2][NQ]
+  vf* o;       // [Dv][NQ]
+  vf* s;       // [BLOCK][NQ] scores, SLACK rows around
+  vf* p;       // [BLOCK / 2][NQ] pairs of probabilities; = s in fp32
+  float* bias;              // memory of `built`,
+  int64_t sequence, head;   // which is the bias of these
+  Bias built;
+};
+
+// ---- the two products ----
+
+template <bool PAIRS, int NV, int N>
+FASTTX_INLINE void multiply(vf (&c)[N][NV], const vf* a, const typename Element<PAIRS>::type* b,
+                            int64_t stride) {
+  vf x[NV];
+  FASTTX_UNROLL(4)
+  for (int v = 0; v < NV; v++) x[v] = a[v];
+  FASTTX_UNROLL(16)
+  for (int n = 0; n < N; n++) {
+    if constexpr (PAIRS) {
+      const vi y = broadcast_pair(b + n * stride);
+      FASTTX_UNROLL(4)
+      for (int v = 0; v < NV; v++) c[n][v] = dpbf16(c[n][v], (vi)x[v], y);
+    } else {
+      const vf y = broadcast(b + n * stride);
+      FASTTX_UNROLL(4)
+      for (int v = 0; v < NV; v++) c[n][v] = fma(x[v], y, c[n][v]);
+    }
+  }
+}
+
+template <bool PAIRS, int NV, int N>
+FASTTX_INLINE void qk_tile(const vf* q, const typename Element<PAIRS>::type* k, int64_t ldk,
+                           int64_t steps, vf* s, vf* top) {
+  vf c[N][NV];
+  FASTTX_UNROLL(16)
+  for (int n = 0; n < N; n++)
+    FASTTX_UNROLL(4)
+    for (int v = 0; v < NV; v++) c[n][v] = vf{};
+  for (int64_t x = 0; x < steps; x++)
+    multiply<PAIRS, NV, N>(c, q + x * NQ, k + x * (PAIRS ? 2 : 1), ldk);
+  FASTTX_UNROLL(4)
+  for (int v = 0; v < NV; v++) {
+    vf m = top[v];
+    FASTTX_UNROLL(16)
+    for (int n = 0; n < N; n++) {
+      m = max(m, c[n][v]);
+      s[n * NQ + v] = c[n][v];
+    }
+    top[v] = m;
+  }
+}
+
+// Scores of keys [from, to) of a strip whose first key is key j0 of k; top: their maximum.
+template <bool PAIRS, int NV, int N>
+__attribute__((noinline)) void qk_strip(const vf* q, const typename Element<PAIRS>::type* k,
+                                        int64_t ldk, int64_t steps, vf* s, int64_t j0, int from,
+                                        int to, vf* top) {
+  vf m[NV];
+  for (int v = 0; v < NV; v++) m[v] = top[v];
+  int n = from;
+  for (; n + N <= to; n += N)
+    qk_tile<PAIRS, NV, N>(q, k + (j0 + n) * ldk, ldk, steps, s + n * NQ, m);
+  if (n < to) {
+    vf ignored[NV] = {};
+    const int last = j0 + to - N >= 0 ? to - N : n;
+    qk_tile<PAIRS, NV, N>(q, k + (j0 + last) * ldk, ldk, steps, s + last * NQ, ignored);
+    for (; n < to; n++)
+      for (int v = 0; v < NV; v++) m[v] = max(m[v], s[n * NQ + v]);
+  }
+  for (int v = 0; v < NV; v++) top[v] = m[v];
+}
+
+template <bool PAIRS, int NV, int N>
+FASTTX_INLINE void pv_tile(const vf* p, const typename Element<PAIRS>::type* v, int64_t ldv,
+                           int64_t steps, vf* o, const vf* alpha) {
+  vf c[N][NV];
+  FASTTX_UNROLL(16)
+  for (int n = 0; n < N; n++)
+    FASTTX_UNROLL(4)
+    for (int i = 0; i < NV; i++) c[n][i] = vf{};
+  for (int64_t x = 0; x < steps; x++)
+    multiply<PAIRS, NV, N>(c, p + x * NQ, v + x * ldv * (PAIRS ? 2 : 1), PAIRS ? 2 : 1);
+  // Sums of a block are added to the total once: shorter chains, smaller error.
+  FASTTX_UNROLL(16)
+  for (int n = 0; n < N; n++)
+    FASTTX_UNROLL(4)
+    for (int i = 0; i < NV; i++)
+      o[n * NQ + i] = alpha ? fma(o[n * NQ + i], alpha[i], c[n][i]) : c[n][i];
+}
+
+// O = O * alpha + V^T P over `steps` keys (pairs of keys), O = V^T P if alpha is null.
+template <bool PAIRS, int NV, int N>
+__attribute__((noinline)) void pv_strip(const vf* p, const typename Element<PAIRS>::type* v,
+                                        int64_t ldv, int64_t steps, int64_t Dv, vf* o,
+                                        const vf* alpha) {
+  constexpr int G = PAIRS ? 2 : 1;
+  int64_t d = 0;
+  for (; d + N <= Dv; d += N) pv_tile<PAIRS, NV, N>(p, v + d * G, ldv, steps, o + d * NQ, alpha);
+  for (; d + 4 <= Dv; d += 4) pv_tile<PAIRS, NV, 4>(p, v + d * G, ldv, steps, o + d * NQ, alpha);
+  for (; d < Dv; d++) pv_tile<PAIRS, NV, 1>(p, v + d * G, ldv, steps, o + d * NQ, alpha);
+}
+
+// ---- softmax ----
+
+// Probabilities 2^(s * scale - top) of rows [from, to); returns their sum in total.
+template <bool PAIRS, int DEGREE, int NV>
+FASTTX_INLINE void exp_rows(const vf* s, vf* p, int from, int to, vf scale, const vf* top, vf* total) {
+  vf sum[NV];
+  FASTTX_UNROLL(4)
+  for (int v = 0; v < NV; v++) sum[v] = vf{};
+  if constexpr (PAIRS) {
+    const vi ones = set1i(0x3f803f80);
+    for (int k = from; k < to; k += 2) {
+      FASTTX_UNROLL(4)
+      for (int v = 0; v < NV; v++) {
+        const vf a = exp2<DEGREE>(fms(s[k * NQ + v], scale, top[v]));
+        const vf b = exp2<DEGREE>(fms(s[(k + 1) * NQ + v], scale, top[v]));
+        const vi x = pack_pair(a, b);
+        sum[v] = dpbf16(sum[v], x, ones);
+        p[k / 2 * NQ + v] = (vf)x;
+      }
+    }
+  } else {
+    for (int k = from; k < to; k++) {
+      FASTTX_UNROLL(4)
+      for (int v = 0; v < NV; v++) {
+        const vf a = exp2<DEGREE>(fms(s[k * NQ + v], scale, top[v]));
+        sum[v] += a;
+        p[k * NQ + v] = a;
+      }
+    }
+  }
+  FASTTX_UNROLL(4)
+  for (int v = 0; v < NV; v++) total[v] += sum[v];
+}
+
+// ---- one block of queries ----
+
+template <class E, bool PAIRS>
+struct Forward {
+  typedef typename Element<PAIRS>::type KV;
+  static constexpr int DEGREE = sizeof(E) == 2 && PAIRS ? 3 : 6;
+  static constexpr int G = PAIRS ? 2 : 1;
+
+  static void query_block(const Problem& p, const Head& h, const Bias& b, const Keys<KV>& kv,
+                          int64_t i0, const Tile& t) {
+    const fasttx_attention& a = *p.a;
+    const E* q = at<E>(a.q, h.batch, h.head, h.q0 + i0);
+    const int64_t rows = min64(BQ, h.S - i0);
+    if constexpr (PAIRS)
+      pack_lanes_pairs<NQ>(q, a.q.strides[2], a.q.strides[3], rows, p.D, (vi*)t.q);
+    else
+      pack_lanes<NQ>(q, a.q.strides[2], a.q.strides[3], rows, p.D, t.q);
+    const int64_t steps = (p.D + G - 1) / G;
+
+    // Keys each vector of queries sees, and those all its lanes see.
+    Range seen[NQ], full[NQ];
+    int64_t begin = h.T, end = 0;
+    for (int v = 0; v < NQ; v++) {
+      const int64_t i = i0 + v * W, i_end = min64(i + W, h.S);
+      seen[v] = full[v] = {0, 0};
+      if (i >= h.S) continue;
+      const Range r = visible_keys(h, i, i_end), c = common_keys(h, i, i_end);
+      seen[v] = {max64(r.begin, b.keys.begin), min64(r.end, b.keys.end)};
+      full[v] = {max64(c.begin, b.keys.begin), min64(c.end, b.keys.end)};
+      if (seen[v].begin >= seen[v].end) continue;
+      begin = min64(begin, seen[v].begin);
+      end = max64(end, seen[v].end);
+    }
+
+    const bool plain = is_plain(p, b);
+    const vf scale = set1(plain ? p.scale * LOG2E : 1.0f);
+    const vi lane = lane_index();
+    vf m[NQ], l[NQ];
+    for (int v = 0; v < NQ; v++) {
+      m[v] = set1(-INF);
+      l[v] = vf{};
+    }
+    bool started = false;
+    for (int64_t j0 = begin / 8 * 8; j0 < end; j0 += BLOCK) {
+      const int nk = (int)min64(BLOCK, end - j0);
+      // Rows of the strip each vector sees, [first, last), and those without an edge of the band,
+      // [inner, outer). What is inner for all vectors is done at once, the rest vector by vector.
+      int first[NQ], last[NQ], inner[NQ], outer[NQ];
+      int from = 0, to = nk;
+      for (int v = 0; v < NQ; v++) {
+        first[v] = (int)max64(0, min64(nk, seen[v].begin - j0));
+        last[v] = (int)max64(first[v], min64(nk, seen[v].end - j0));
+        inner[v] = (int)max64(first[v], min64(last[v], full[v].begin - j0));
+        outer[v] = (int)max64(inner[v], min64(last[v], full[v].end - j0));
+        from = inner[v] > from ? inner[v] : from;
+        to = outer[v] < to ? outer[v] : to;
+      }
+      from = (from + G - 1) / G * G;
+      if (to < nk) to = to / G * G;
+      if (to - from < 4) from = to = 0;
+      struct Segment {
+        int v, from, to;  // rounded to G
+      } segments[2 * NQ];
+      int count = 0;
+      for (int v = 0; v < NQ; v++) {
+        const int low = first[v] / G * G, high = (last[v] + G - 1) / G * G;
+        if (first[v] == last[v]) continue;
+        if (from == to) {
+          segments[count++] = {v, low, high};
+          continue;
+        }
+        if (low < from) segments[count++] = {v, low, from};
+        if (to < last[v]) segments[count++] = {v, to, high};
+      }
+
+      vf top[NQ];
+      for (int v = 0; v < NQ; v++) top[v] = m[v];
+      if (from < to)
+        qk_strip<PAIRS, NQ, NK>(t.q, kv.k, kv.ldk, steps, t.s, j0, from, to, top);
+      for (int x = 0; x < count; x++) {
+        const int v = segments[x].v, low = segments[x].from > first[v] ? segments[x].from : first[v];
+        const int high = segments[x].to < last[v] ? segments[x].to : last[v];
+        vf ignored = {};
+        qk_strip<PAIRS, 1, NK_ONE>(t.q + v, kv.k, kv.ldk, steps, t.s + v, j0, low, high, &ignored);
+      }
+      if (!plain) {
+        apply_logits<NQ>(p, h, b, t.s, i0, j0, nk);
+        for (int v = 0; v < NQ; v++) top[v] = m[v];
+        for (int k = from; k < to; k++)
+          for (int v = 0; v < NQ; v++) top[v] = max(top[v], t.s[k * NQ + v]);
+      }
+      if ((to - from) % G)
+        for (int v = 0; v < NQ; v++) t.s[to * NQ + v] = set1(-INF);
+      for (int x = 0; x < count; x++) {
+        const Segment g = segments[x];
+        const int v = g.v;
+        for (int k = g.from; k < g.to; k++) {
+          vf& y = t.s[k * NQ + v];
+          if (k < first[v] || k >= last[v]) {
+            y = set1(-INF);
+          } else if (plain && (k < inner[v] || k >= outer[v])) {
+            const int64_t shift = j0 + k - i0 - v * W;
+            const vi low = set1i((int)max64(-1, min64(W, shift - h.high)));
+            const vi high = set1i((int)max64(-1, min64(W, shift - h.low)));
+            y = select(mask_or(less(lane, low), less(high, lane)), set1(-INF), y);
+          }
+          top[v] = max(top[v], y);
+        }
+      }
+
+      vf alpha[NQ], base[NQ];
+      for (int v = 0; v < NQ; v++) {
+        base[v] = select(equal(top[v], set1(-INF)), vf{}, top[v] * scale);
+        alpha[v] = exp2<6>(fms(m[v], scale, base[v]));
+        l[v] = l[v] * alpha[v];
+        m[v] = top[v];
+      }
+      if (from < to) exp_rows<PAIRS, DEGREE, NQ>(t.s, t.p, from, to, scale, base, l);
+      for (int x = 0; x < count; x++) {
+        const Segment g = segments[x];
+        exp_rows<PAIRS, DEGREE, 1>(t.s + g.v, t.p + g.v, g.from, g.to, scale, base + g.v, l + g.v);
+      }
+      if (p.dropout.threshold) {
+        if constexpr (PAIRS)
+          apply_dropout_pairs<NQ>(p, h, (vi*)t.p, i0, j0, nk);
+        else
+          apply_dropout<NQ>(p, h, t.p, i0, j0, nk);
+      }
+
+      if (!started && from == to)
+        for (int64_t x = 0; x < p.Dv * NQ; x++) t.o[x] = vf{};
+      if (from < to) {
+        pv_strip<PAIRS, NQ, NK>(t.p + from / G * NQ, kv.v + (j0 + from) * kv.ldv, kv.ldv,
+                                (to - from + G - 1) / G, p.Dv, t.o, started ? alpha : nullptr);
+        for (int v = 0; v < NQ; v++) alpha[v] = set1(1.0f);
+      }
+      started = true;
+      for (int x = 0; x < count; x++) {
+        const Segment g = segments[x];
+        pv_strip<PAIRS, 1, NK_ONE>(t.p + g.from / G * NQ + g.v, kv.v + (j0 + g.from) * kv.ldv,
+                                   kv.ldv, (g.to - g.from) / G, p.Dv, t.o + g.v, alpha + g.v);
+        alpha[g.v] = set1(1.0f);
+      }
+    }
+    if (!started)
+      for (int64_t x = 0; x < p.Dv * NQ; x++) t.o[x] = vf{};
+
+    for (int v = 0; v * W < rows; v++) {
+      const int n = (int)min64(W, rows - v * W);
+      const vf scaled = set1(p.dropout.keep_scale) / l[v];
+      const vf inverse = select(equal(l[v], vf{}), vf{}, scaled);
+      if (!store_rows(a, h, i0 + v * W, n, p.Dv, t.o + v, inverse, true)) {
+        careful(p, h, b, i0 + v * W, n, t);
+        continue;
+      }
+      const vf base = select(equal(m[v], set1(-INF)), vf{}, m[v] * scale);
+      store_lse(a, h, i0 + v * W, n, base, l[v]);
+    }
+  }
+
+  static void store_lse(const fasttx_attention& a, const Head& h, int64_t i, int n, vf base, vf l) {
+    float* to = at<float>(a.lse, h.batch, h.head, h.q0 + i);
+    store_strided(to, a.lse.strides[2], (base + log2(l)) * set1(LN2), n);
+  }
+
+  // Writes n rows of O^T * inverse from row i; false if a value was not finite, which `expect_finite`
+  // may then round wrongly.
+  static bool store_rows(const fasttx_attention& a, const Head& h, int64_t i, int n, int64_t Dv,
+                         const vf* o, vf inverse, bool expect_finite) {
+    E* out = at<E>(a.out, h.batch, h.head, h.q0 + i);
+    const int64_t row_stride = a.out.strides[2], column_stride = a.out.strides[3];
+    vi worst = {};
+    int64_t d = 0;
+    if constexpr (IsBf16<E>::value) {
+      for (; expect_finite && column_stride == 1 && d + 2 * W <= Dv; d += 2 * W) {
+        vi t[W];
+        FASTTX_UNROLL(16)
+        for (int c = 0; c < W; c++) {
+          const vf x = o[(d + 2 * c) * NQ] * inverse, y = o[(d + 2 * c + 1) * NQ] * inverse;
+          worst = max(worst, max((vi)x & 0x7fffffff, (vi)y & 0x7fffffff));
+          t[c] = round_pair(x, y);
+        }
+        transpose(t);
+        for (int r = 0; r < n; r++) store_int(out + r * row_stride + d, t[r]);
+      }
+    }
+    for (; d < Dv; d += W) {
+      vf t[W];
+      FASTTX_UNROLL(16)
+      for (int c = 0; c < W; c++) {
+        t[c] = d + c < Dv ? o[(d + c) * NQ] * inverse : vf{};
+        worst = max(worst, (vi)t[c] & 0x7fffffff);
+      }
+      transpose(t);
+      const int columns = (int)min64(W, Dv - d);
+      for (int r = 0; r < n; r++)
+        store_strided(out + r * row_stride + d * column_stride, column_stride, t[r], columns);
+    }
+    return !any(not_finite((vf)worst));
+  }
+
+  // W rows again, where a NaN or infinity came out: hidden ones must not have reached the result, so
+  // nothing is multiplied that is not visible.
+  static void careful(const Problem& p, const Head& h, const Bias& b, int64_t i, int n,
+                      const Tile& t) {
+    const fasttx_attention& a = *p.a;
+    vf* q = t.q;
+    vf* o = t.o;  // stride NQ as in query_block
+    vf* s = t.s;
+    pack_lanes<1>(at<E>(a.q, h.batch, h.head, h.q0 + i), a.q.strides[2], a.q.strides[3], n, p.D, q);
+    for (int64_t d = 0; d < p.Dv; d++) o[d * NQ] = vf{};
+    vf m = set1(-INF), l = {};
+    Range keys = visible_keys(h, i, i + n);
+    keys = {max64(keys.begin, b.keys.begin), min64(keys.end, b.keys.end)};
+    for (int64_t j0 = keys.begin / 8 * 8; j0 < keys.end; j0 += 64) {
+      const int nk = (int)min64(64, keys.end - j0);
+      for (int k = 0; k < nk; k++) {
+        const E* row = at<E>(a.k, h.batch, h.kv_head, h.k0 + j0 + k);
+        vf sum = {};
+        for (int64_t d = 0; d < p.D; d++)
+          sum = fma(q[d], set1(to_float(row[d * a.k.strides[3]])), sum);
+        s[k] = sum;
+      }
+      apply_logits<1>(p, h, b, s, i, j0, nk);
+      vf top = m;
+      vmask visible[64];
+      for (int k = 0; k < nk; k++) {
+        if (j0 + k < keys.begin) s[k] = set1(-INF);
+        visible[k] = mask_not(equal(s[k], set1(-INF)));
+        top = max(s[k], top);
+      }
+      const vf base = select(equal(top, set1(-INF)), vf{}, top);
+      const vf alpha = exp2<6>(m - base);
+      for (int64_t d = 0; d < p.Dv; d++) o[d * NQ] = o[d * NQ] * alpha;
+      l = l * alpha;
+      m = top;
+      for (int k = 0; k < nk; k++) {
+        s[k] = exp2<6>(s[k] - base);
+        l += s[k];
+      }
+      if (p.dropout.threshold) apply_dropout<1>(p, h, s, i, j0, nk);
+      for (int k = 0; k < nk; k++) {
+        if (!any(visible[k])) continue;
+        const E* row = at<E>(a.v, h.batch, h.kv_head, h.k0 + j0 + k);
+        for (int64_t d = 0; d < p.Dv; d++) {
+          const vf sum = fma(s[k], set1(to_float(row[d * a.v.strides[3]])), o[d * NQ]);
+          o[d * NQ] = select(visible[k], sum, o[d * NQ]);
+        }
+      }
+    }
+    const vf inverse = select(equal(l, vf{}), vf{}, set1(p.dropout.keep_scale) / l);
+    store_rows(a, h, i, n, p.Dv, o, inverse, false);
+    store_lse(a, h, i, n, select(equal(m, set1(-INF)), vf{}, m), l);
+  }
+
+  // ---- all of it ----
+
+  static int64_t k_width(const Problem& p) { return round_up(p.D, G); }
+  static bool packs_k(const Problem& p) {
+    return !(sizeof(E) == sizeof(KV)) || stride_of(p.a->k, 3) != 1 || p.D % G || p.T < SHORT_KEYS ||
+           p.packed;
+  }
+  static bool packs_v(const Problem& p) {
+    return PAIRS || sizeof(E) != sizeof(KV) || stride_of(p.a->v, 3) != 1;
+  }
+  // Elements of the packed copies of keys [0, T) of one head; what follows each is readable.
+  static int64_t elements(const Problem& p, int64_t T) {
+    return (packs_k(p) ? (T + NK_ONE) * k_width(p) : 0) + (packs_v(p) ? (T + 1) * p.Dv : 0);
+  }
+  // Where those of a head begin when all heads share one buffer.
+  static int64_t offset(const Problem& p, const Head& h) {
+    const int64_t before = p.packed ? h.k0 : h.sequence * p.T;
+    return p.G * (elements(p, before) + h.sequence * elements(p, 0)) + h.kv_head * elements(p, h.T);
+  }
+
+  static Keys<KV> keys_of(const Problem& p, const Head& h, const KV* memory) {
+    const fasttx_attention& a = *p.a;
+    Keys<KV> r = {at<KV>(a.k, h.batch, h.kv_head, h.k0), at<KV>(a.v, h.batch, h.kv_head, h.k0),
+                  a.k.strides[2], a.v.strides[2]};
+    if (packs_k(p)) {
+      r.k = memory;
+      r.ldk = k_width(p);
+      memory += (h.T + NK_ONE) * r.ldk;
+    }
+    if (packs_v(p)) {
+      r.v = memory;
+      r.ldv = p.Dv;
+    }
+    return r;
+  }
+  // Copies K and V of one key head of one sequence where the tiles cannot read them in place.
+  static Keys<KV> pack(const Problem& p, const Head& h, KV* memory) {
+    const fasttx_attention& a = *p.a;
+    const Keys<KV> r = keys_of(p, h, memory);
+    if (packs_k(p)) {
+      const E* k = at<E>(a.k, h.batch, h.kv_head, h.k0);
+      copy(k, a.k.strides[2], a.k.strides[3], h.T, p.D, r.ldk, (KV*)r.k);
+      memset((void*)(r.k + h.T * r.ldk), 0, NK_ONE * r.ldk * sizeof(KV));
+    }
+    if (packs_v(p)) {
+      const E* v = at<E>(a.v, h.batch, h.kv_head, h.k0);
+      if constexpr (PAIRS)
+        pack_row_pairs(v, a.v.strides[2], a.v.strides[3], h.T, p.Dv, p.Dv, (KV*)r.v);
+      else
+        pack_rows(v, a.v.strides[2], a.v.strides[3], h.T, p.Dv, p.Dv, (KV*)r.v);
+    }
+    return r;
+  }
+  static void copy(const E* src, int64_t rs, int64_t cs, int64_t rows, int64_t D, int64_t width,
+                   KV* to) {
+    if constexpr (PAIRS)
+      copy_rows(src, rs, cs, rows, D, width, to);
+    else
+      pack_rows(src, rs, cs, rows, D, width, to);
+  }
+
+  static int64_t tile_vectors(const Problem& p) {
+    const int64_t q = round_up(p.D, 2 * W) * NQ, o = p.Dv * NQ;
+    return q + o + (BLOCK + 2 * SLACK) * NQ + (PAIRS ? (BLOCK / 2 + SLACK) * NQ : 0);
+  }
+  // The calling thread's working memory, made at its first item.
+  static bool make_tile(const Problem& p, Tile* t) {
+    if (t->q) return true;
+    const int64_t vectors = tile_vectors(p);
+    vf* memory = (vf*)scratch(SCRATCH_TILE, vectors * sizeof(vf) + bias_floats(p) * sizeof(float));
+    if (!memory) return false;
+    t->q = memory;
+    t->o = t->q + round_up(p.D, 2 * W) * NQ;
+    t->s = t->o + p.Dv * NQ + SLACK * NQ;
+    t->p = PAIRS ? t->s + (BLOCK + SLACK) * NQ : t->s;
+    t->bias = (float*)(memory + vectors);
+    t->sequence = t->head = -1;
+    return true;
+  }
+  static const Bias& bias_of(const Problem& p, const Head& h, Tile* t) {
+    if (t->sequence != h.sequence || t->head != h.head) {
+      t->built = build_bias(p, h, t->bias);
+      t->sequence = h.sequence;
+      t->head = h.head;
+    }
+    return t->built;
+  }
+
+  static int run(const Problem& p) {
+    const int64_t group = p.H / p.G, kv_heads = p.sequences * p.G, workers = num_workers();
+    Tile* tiles = (Tile*)scratch(SCRATCH_HEAD, workers * sizeof(Tile));
+    if (!tiles) return FASTTX_NO_MEMORY;
+    memset((void*)tiles, 0, workers * sizeof(Tile));
+    int status = FASTTX_OK;
+
+    if (workers == 1 || kv_heads >= 4 * workers || kv_heads % workers == 0) {
+      // One item a key head: K and V are packed by the worker that uses them.
+      const size_t bytes = (elements(p, p.T) + 1) * sizeof(KV);
+      parallel_items(kv_heads, workers, [&](int64_t worker, int64_t item) {
+        Tile& t = tiles[worker];
+        KV* memory = (KV*)scratch(SCRATCH_PACK, bytes);
+        if (!memory || !make_tile(p, &t)) {
+          __atomic_store_n(&status, FASTTX_NO_MEMORY, __ATOMIC_RELAXED);
+          return;
+        }
+        const int64_t sequence = item / p.G, first = item % p.G * group;
+        const Keys<KV> kv = pack(p, make_head(p, sequence, first), memory);
+        for (int64_t head = first; head < first + group; head++) {
+          const Head h = make_head(p, sequence, head);
+          const Bias& b = bias_of(p, h, &t);
+          for (int64_t i0 = 0; i0 < h.S; i0 += BQ) query_block(p, h, b, kv, i0, t);
+        }
+      });
+      return status;
+    }
+
+    // Few heads: first all are packed, then one item is a block of queries, the last ones (long when
+    // causal) first.
+    const int64_t rows = p.sequences * p.H, blocks = (p.S + BQ - 1) / BQ;
+    const Head last = make_head(p, p.sequences - 1, p.H - 1);
+    const size_t bytes = (offset(p, last) + elements(p, last.T) + 1) * sizeof(KV);
+    KV* memory = (KV*)scratch(SCRATCH_SHARED, bytes);
+    if (!memory) return FASTTX_NO_MEMORY;
+    if (packs_k(p) || packs_v(p))
+      parallel_items(kv_heads, workers, [&](int64_t, int64_t item) {
+        const Head h = make_head(p, item / p.G, item % p.G * group);
+        pack(p, h, memory + offset(p, h));
+      });
+    parallel_items(rows * blocks, workers, [&](int64_t worker, int64_t item) {
+      Tile& t = tiles[worker];
+      if (!make_tile(p, &t)) {
+        __atomic_store_n(&status, FASTTX_NO_MEMORY, __ATOMIC_RELAXED);
+        return;
+      }
+      const int64_t row = item / blocks, i0 = (blocks - 1 - item % blocks) * BQ;
+      const Head h = make_head(p, row / p.H, row % p.H);
+      if (i0 >= h.S) return;
+      query_block(p, h, bias_of(p, h, &t), keys_of(p, h, memory + offset(p, h)), i0, t);
+    });
+    return status;
+  }
+};
+
+// Rows that belong to no packed sequence.
+template <class E>
+void clear_rows(const Problem& p, int64_t begin, int64_t end) {
+  const fasttx_attention& a = *p.a;
+  for (int64_t h = 0; h < p.H; h++) {
+    for (int64_t i = begin; i < end; i++) {
+      E* out = at<E>(a.out, 0, h, i);
+      for (int64_t d = 0; d < p.Dv; d++) from_float(0.0f, out + d * a.out.strides[3]);
+      *at<float>(a.lse, 0, h, i) = -INF;
+    }
+  }
+}
+
+template <class E>
+int forward(const Problem& p) {
+  if (p.packed) {
+    const int32_t* cu = (const int32_t*)p.a->cu_q.data;
+    clear_rows<E>(p, 0, cu[0]);
+    clear_rows<E>(p, cu[p.sequences], p.S);
+  }
+  return Forward<E, has_dpbf16 && IsBf16<E>::value>::run(p);
+}
+
+}  // namespace
+
+int attention_fwd(const fasttx_attention& args) {
+  const Problem p = make_problem(args);
+  if (p.B * p.H * p.S == 0) return FASTTX_OK;
+  switch (args.q.dtype) {
+    case FASTTX_F32:
+      return forward<float>(p);
+    case FASTTX_BF16:
+      return forward<bf16>(p);
+    case FASTTX_F16:
+      return forward<f16>(p);
+    default:
+      return FASTTX_BAD_DTYPE;
+  }
+}
+
+}  // namespace fasttx::FASTTX_ISA

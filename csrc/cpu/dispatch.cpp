@@ -1,0 +1,148 @@
+// Which instruction set runs, where threads and scratch memory come from.
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cpu/parallel.h"
+#include "fasttx.h"
+
+namespace fasttx {
+
+#define DECLARE(isa)                                                                          \
+  namespace isa {                                                                             \
+  int attention_fwd(const fasttx_attention&);                                                 \
+  int attention_bwd(const fasttx_attention&);                                                 \
+  void test_exp2(const float*, float*, int64_t, int);                                         \
+  void test_tanh(const float*, float*, int64_t);                                              \
+  void test_philox(uint32_t*, int64_t, uint64_t, uint32_t, uint32_t, uint32_t, uint32_t);     \
+  void test_round(const float*, float*, int64_t, int);                                        \
+  }
+DECLARE(isa_default)
+DECLARE(isa_avx2)
+DECLARE(isa_avx512)
+DECLARE(isa_avx512bf16)
+#undef DECLARE
+
+namespace {
+
+struct Level {
+  const char* name;
+  decltype(&isa_default::attention_fwd) attention_fwd;
+  decltype(&isa_default::attention_bwd) attention_bwd;
+  decltype(&isa_default::test_exp2) test_exp2;
+  decltype(&isa_default::test_tanh) test_tanh;
+  decltype(&isa_default::test_philox) test_philox;
+  decltype(&isa_default::test_round) test_round;
+};
+#define LEVEL(name)                                                                             \
+  {#name,                     isa_##name::attention_fwd, isa_##name::attention_bwd,             \
+   isa_##name::test_exp2,     isa_##name::test_tanh,     isa_##name::test_philox,               \
+   isa_##name::test_round}
+constexpr Level LEVELS[] = {LEVEL(default), LEVEL(avx2), LEVEL(avx512), LEVEL(avx512bf16)};
+#undef LEVEL
+
+int best_level() {
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
+      !__builtin_cpu_supports("f16c"))
+    return 0;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+    return 1;
+  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+}
+
+const Level& level() {
+  static const Level& chosen = [&]() -> const Level& {
+    const int best = best_level();
+    const char* wanted = getenv("FASTTX_CPU_ISA");
+    for (int i = 0; wanted && i <= best; i++)
+      if (strcmp(wanted, LEVELS[i].name) == 0) return LEVELS[i];
+    return LEVELS[best];
+  }();
+  return chosen;
+}
+
+fasttx_run_fn run_function = nullptr;
+int (*threads_function)() = nullptr;
+bool forked = false;
+
+// Kept for the next calls of the thread, freed when it ends.
+struct Buffers {
+  void* data[SCRATCH_SLOTS] = {};
+  size_t size[SCRATCH_SLOTS] = {};
+  ~Buffers() {
+    for (void* p : data) free(p);
+  }
+};
+thread_local Buffers buffers;
+
+}  // namespace
+
+int num_workers() {
+  if (forked || !run_function) return 1;
+  const int n = threads_function();
+  return n < 1 ? 1 : n;
+}
+
+void run_tasks(int64_t n, void (*task)(void*, int64_t), void* context) {
+  if (forked || !run_function) {
+    for (int64_t i = 0; i < n; i++) task(context, i);
+    return;
+  }
+  run_function(n, task, context);
+}
+
+void* scratch(ScratchSlot slot, size_t bytes) {
+  Buffers& b = buffers;
+  if (b.size[slot] < bytes) {
+    free(b.data[slot]);
+    const size_t size = (bytes + 4095) / 4096 * 4096;
+    b.data[slot] = aligned_alloc(4096, size);
+    b.size[slot] = b.data[slot] ? size : 0;
+  }
+  return b.data[slot];
+}
+
+}  // namespace fasttx
+
+using fasttx::level;
+
+int fasttx_attention_fwd_cpu(const fasttx_attention* args) { return level().attention_fwd(*args); }
+int fasttx_attention_bwd_cpu(const fasttx_attention* args) { return level().attention_bwd(*args); }
+const char* fasttx_cpu_isa(void) { return level().name; }
+const char* fasttx_cpu_isa_name(int i) {
+  return i >= 0 && i <= fasttx::best_level() ? fasttx::LEVELS[i].name : nullptr;
+}
+const char* fasttx_status_text(int status) {
+  switch (status) {
+    case FASTTX_OK:
+      return "ok";
+    case FASTTX_NOT_BUILT:
+      return "this kernel is not built";
+    case FASTTX_NO_MEMORY:
+      return "out of memory";
+    case FASTTX_BAD_DTYPE:
+      return "dtype not supported";
+    default:
+      return "unknown status";
+  }
+}
+void fasttx_set_threads(fasttx_run_fn run, int (*threads)(void)) {
+  // The pool of threads does not survive fork(): in the child everything runs on the one thread.
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { fasttx::forked = true; });
+  (void)registered;
+  fasttx::threads_function = threads;
+  fasttx::run_function = run;
+}
+void fasttx_test_exp2(const float* x, float* y, int64_t n, int degree) {
+  level().test_exp2(x, y, n, degree);
+}
+void fasttx_test_tanh(const float* x, float* y, int64_t n) { level().test_tanh(x, y, n); }
+void fasttx_test_philox(uint32_t* words, int64_t n, uint64_t seed, uint32_t column_group,
+                        uint32_t row, uint32_t head, uint32_t batch) {
+  level().test_philox(words, n, seed, column_group, row, head, batch);
+}
+void fasttx_test_round(const float* x, float* y, int64_t n, int to) {
+  level().test_round(x, y, n, to);
+}
