@@ -1,0 +1,1 @@
+"""Triton kernels. Nothing here imports Triton until a kernel module is imported by name."""

@@ -1,0 +1,171 @@
+"""Compile the Triton kernels ahead of time for GPUs that are not there, and report what came out.
+
+    TRITON_INTERPRET=0 python -m fasttx.kernels.compile_check [--jobs N] [--all]
+
+One JSON row a kernel and target: registers, spills, shared memory, the matrix instructions used.
+The calls are the launchers' own, made from meta tensors, so what is compiled is what would run.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+
+from .tiles import SHARED_BYTES
+
+TARGETS = {
+    "sm80": ("cuda", 80, 32),
+    "sm90": ("cuda", 90, 32),
+    "sm100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def meta_arguments(dtype="bf16", B=2, H=8, G=8, S=1024, T=1024, D=64, DV=None, mask=None,
+                   mask_dtype="bool", alibi=False, positions=False, table=False, packed=False,
+                   softcap=0.0, dropout=0.0, left=-1, right=-1, lower_right=False):  # fmt: skip
+    """The op's inner inputs and scalars for one configuration, on the meta device."""
+    kind = DTYPES[dtype]
+    DV = D if DV is None else DV
+
+    def empty(*shape, dtype=kind):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    B = 1 if packed else B
+    masks = {"bool": torch.bool, **DTYPES}
+    tensors = [
+        empty(B, H, S, D),
+        empty(B, G, T, D),
+        empty(B, G, T, DV),
+        empty(*mask, dtype=masks[mask_dtype]) if mask else None,
+        empty(1, H, dtype=torch.float32) if alibi else None,
+        empty(B, T, dtype=torch.float32) if positions else None,
+        empty(32, H, dtype=torch.float32) if table else None,
+        empty(257, dtype=torch.int32) if table else None,
+        empty(9, dtype=torch.int32) if packed else None,
+        empty(9, dtype=torch.int32) if packed else None,
+        empty(1, dtype=torch.int64) if dropout else None,
+    ]
+    scalars = [D**-0.5, softcap, dropout, left, right, lower_right, 0]
+    return tensors, scalars
+
+
+def calls_of(arch: str, direction: str, config: dict) -> list:
+    """The kernel calls that one configuration launches."""
+    from . import attention
+
+    tensors, scalars = meta_arguments(**config)
+    q, k, v = tensors[:3]
+    out = q.new_empty(q.size(0), q.size(2), q.size(1), v.size(3)).transpose(1, 2)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if direction == "fwd":
+        return list(attention.forward_calls(arch, out, lse, *tensors, *scalars))
+    raise NotImplementedError
+
+
+def compile_call(call, target):
+    """Compile one launcher call for a target, specialized just as its launch would be."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel, target = call.kernel, GPUTarget(*target)
+    backend = make_backend(target)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    options = {"num_warps": call.num_warps, "num_stages": call.num_stages}
+    bound, specialization, _ = binder(*call.args, F=call.features, **options)
+    options, signature, constexprs, attrs = kernel._pack_args(
+        backend, options, bound, specialization, None
+    )
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def _nvidia_resources(compiled) -> dict:
+    import triton
+
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    ptx = compiled.asm["ptx"]
+    return {
+        "registers": int(found["REG"]),
+        "spills": int(found["STACK"]) + int(found["LOCAL"]),
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "mma": ptx.count("mma.sync"),
+        "tcgen05": ptx.count("tcgen05.mma"),
+        "tf32": ptx.count("tf32"),
+    }
+
+
+def _amd_resources(compiled) -> dict:
+    text = compiled.asm["amdgcn"]
+
+    def field(name):
+        return int(re.search(rf"\.{name}:\s*(\d+)", text).group(1))
+
+    return {
+        "registers": field("vgpr_count"),
+        "spills": field("vgpr_spill_count"),
+        "mfma": text.count("v_mfma"),
+        "tf32": text.count("xf32"),
+    }
+
+
+def check(job) -> list[dict]:
+    arch, direction, config = job
+    rows = []
+    for call in calls_of(arch, direction, config):
+        row = {
+            "kernel": call.kernel.__name__,
+            "arch": arch,
+            "direction": direction,
+            "config": config,
+            "tile": [call.features.BLOCK_M, call.features.BLOCK_N, call.num_warps, call.num_stages],
+        }
+        began = time.perf_counter()
+        try:
+            compiled = compile_call(call, TARGETS[arch])
+        except Exception as error:
+            rows.append({**row, "error": f"{type(error).__name__}: {error.__cause__ or error}"[-600:]})
+            continue
+        resources = _nvidia_resources if TARGETS[arch][0] == "cuda" else _amd_resources
+        row.update(
+            shared=compiled.metadata.shared,
+            limit=SHARED_BYTES[arch],
+            seconds=round(time.perf_counter() - began, 2),
+            **resources(compiled),
+        )
+        rows.append(row)
+    return rows
+
+
+def run(jobs: list, workers: int):
+    with ProcessPoolExecutor(workers) as pool:
+        for rows in pool.map(check, jobs):
+            yield from rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=2, help="worker processes")
+    options = parser.parse_args()
+    for row in run([], options.jobs):
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
