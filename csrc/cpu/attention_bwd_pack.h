@@ -75,13 +75,19 @@ __attribute__((noinline)) bool load_rows_bf16(float* dst, int64_t ld, const Matr
   for (int64_t r = 0; r < rows; r++) {
     uint16_t* out = (uint16_t*)(dst + r * ld);
     const uint16_t* p = (const uint16_t*)m.data + (first + r) * m.row;
+    if (r < valid && columns == 2 * ld && m.column == 1) {
+      for (int64_t c = 0; c < 2 * ld; c += 32) {
+        const __m512i x = _mm512_loadu_si512(p + c);
+        top = _mm512_max_epu16(top, _mm512_and_si512(x, magnitude));
+        _mm512_storeu_si512(out + c, x);
+      }
+      continue;
+    }
     for (int64_t c = 0; c < 2 * ld; c += 32) {
       const int64_t n = r < valid ? columns - c : 0;
       __m512i x;
-      if (n >= 32 && m.column == 1) {
-        x = _mm512_loadu_si512(p + c);
-      } else if (m.column == 1) {
-        x = _mm512_maskz_loadu_epi16(n > 0 ? (1u << n) - 1 : 0, p + c);
+      if (m.column == 1) {
+        x = _mm512_maskz_loadu_epi16(n >= 32 ? ~0u : n > 0 ? (1u << n) - 1 : 0, p + c);
       } else {
         uint16_t t[32] = {};
         for (int64_t i = 0; i < 32 && i < n; i++) t[i] = p[(c + i) * m.column];
@@ -140,10 +146,26 @@ FASTTX_INLINE bool pack_operand(float* units, float* pairs, int64_t ld, const Ma
   return load_rows(units, ld, m, first, valid, rows, columns);
 }
 
+#if defined(__AVX512BF16__)
+// Two vectors rounded to bf16 side by side; subnormals become 0.
+FASTTX_INLINE void store_bf16(bf16* p, vf low, vf high) {
+  store_int(p, (vi)(__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+}
+#endif
+
 // Rows scaled, rounded to the dtype of m and written: m[first + r][c] = factor * src[r * ld + c].
 __attribute__((noinline)) void store_rows(const Matrix& m, int64_t first, int64_t rows,
                                           int64_t columns, const float* src, int64_t ld,
                                           float factor) {
+#if defined(__AVX512BF16__)
+  if (m.dtype == FASTTX_BF16 && m.column == 1 && columns % 32 == 0) {
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < columns; c += 32)
+        store_bf16((bf16*)m.data + (first + r) * m.row + c, load(src + r * ld + c) * factor,
+                   load(src + r * ld + c + W) * factor);
+    return;
+  }
+#endif
   with_type(m.dtype, m.data, [&](auto* base) {
     for (int64_t r = 0; r < rows; r++) {
       auto* p = base + (first + r) * m.row;
@@ -158,6 +180,25 @@ __attribute__((noinline)) void store_rows(const Matrix& m, int64_t first, int64_
 // r < rows <= BLOCK_Q. src has a multiple of W columns.
 __attribute__((noinline)) void store_transposed(const Matrix& m, int64_t first, int64_t rows,
                                                 int64_t columns, const float* src, float factor) {
+#if defined(__AVX512BF16__)
+  if (m.dtype == FASTTX_BF16 && m.column == 1 && columns % 32 == 0 && rows == BLOCK_Q) {
+    for (int64_t q = 0; q < BLOCK_Q; q += W)
+      for (int64_t c = 0; c < columns; c += 32) {
+        vf x[W], y[W];
+        FASTTX_UNROLL(16)
+        for (int i = 0; i < W; i++) {
+          x[i] = load(src + (c + i) * BLOCK_Q + q) * factor;
+          y[i] = load(src + (c + W + i) * BLOCK_Q + q) * factor;
+        }
+        transpose(x);
+        transpose(y);
+        bf16* p = (bf16*)m.data + (first + q) * m.row + c;
+        FASTTX_UNROLL(16)
+        for (int i = 0; i < W; i++) store_bf16(p + i * m.row, x[i], y[i]);
+      }
+    return;
+  }
+#endif
   with_type(m.dtype, m.data, [&](auto* base) {
     for (int64_t q = 0; q < rows; q += W)
       for (int64_t c = 0; c < columns; c += W) {
@@ -172,25 +213,34 @@ __attribute__((noinline)) void store_transposed(const Matrix& m, int64_t first, 
   });
 }
 
-// delta[r] = sum over c of a[first + r][c] * b[first + r][c].
+// delta[r] = sum over c of a[first + r][c] * b[first + r][c], in lanes that are added in pairs.
 __attribute__((noinline)) void row_dots(float* delta, const Matrix& a, const Matrix& b, int64_t first,
                                         int64_t rows, int64_t columns) {
   with_type(a.dtype, a.data, [&](auto* base) {
-    for (int64_t r = 0; r < rows; r++) {
-      const auto* x = base + (first + r) * a.row;
-      const auto* y = decltype(base)(b.data) + (first + r) * b.row;
-      vf sum = vf{};
-      for (int64_t c = 0; c < columns; c += W)
-        sum = fma(load_any(x + c * a.column, a.column, columns - c),
-                  load_any(y + c * b.column, b.column, columns - c), sum);
-      delta[r] = hsum(sum);
+    for (int64_t r = 0; r < rows; r += W) {
+      vf sum[W];
+      for (int i = 0; i < W; i++) {
+        const int64_t row = first + min64(r + i, rows - 1);
+        const auto* x = base + row * a.row;
+        const auto* y = decltype(base)(b.data) + row * b.row;
+        vf s = vf{};
+        if (a.column == 1 && b.column == 1 && columns % W == 0) {
+          for (int64_t c = 0; c < columns; c += W) s = fma(load(x + c), load(y + c), s);
+        } else {
+          for (int64_t c = 0; c < columns; c += W)
+            s = fma(load_any(x + c * a.column, a.column, columns - c),
+                    load_any(y + c * b.column, b.column, columns - c), s);
+        }
+        sum[i] = s;
+      }
+      transpose(sum);
+      FASTTX_UNROLL(4)
+      for (int n = W / 2; n > 0; n /= 2)
+        FASTTX_UNROLL(8)
+        for (int i = 0; i < n; i++) sum[i] += sum[i + n];
+      store_strided(delta + r, 1, sum[0], (int)min64(W, rows - r));
     }
   });
-}
-
-FASTTX_INLINE Matrix matrix_of(const fasttx_tensor& t, int64_t i, int64_t j, int64_t row = 0) {
-  const int64_t offset = i * t.strides[0] + j * t.strides[1] + row * t.strides[2];
-  return {(char*)t.data + offset * element_size(t.dtype), t.dtype, t.strides[2], t.strides[3]};
 }
 
 }  // namespace

@@ -139,7 +139,7 @@ __attribute__((noinline)) void strip_probabilities(float* p, const float* s, flo
           x *= load(keep + at);
           y *= load(keep + at + W);
         }
-        store_int((char*)weights + 2 * at, (vi)(__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x));
+        store_bf16((bf16*)weights + at, x, y);
       }
 #endif
   }
@@ -174,12 +174,11 @@ __attribute__((noinline)) void strip_uncap(float* ds, const float* caps) {
 
 #if defined(__AVX512BF16__)
 FASTTX_INLINE void round_strip_row_pair(float* by_query, float* by_key, int r, const vf* a, const vf* b) {
-  char* out = (char*)by_query + r * 2 * BLOCK_Q;
+  bf16* out = (bf16*)by_query + r * BLOCK_Q;
   FASTTX_UNROLL(4)
   for (int v = 0; v < VECS; v += 2) {
-    store_int(out + 2 * v * W, (vi)(__m512i)_mm512_cvtne2ps_pbh((__m512)a[v + 1], (__m512)a[v]));
-    store_int(out + 2 * BLOCK_Q + 2 * v * W,
-              (vi)(__m512i)_mm512_cvtne2ps_pbh((__m512)b[v + 1], (__m512)b[v]));
+    store_bf16(out + v * W, a[v], a[v + 1]);
+    store_bf16(out + BLOCK_Q + v * W, b[v], b[v + 1]);
   }
   FASTTX_UNROLL(4)
   for (int v = 0; v < VECS; v++)
