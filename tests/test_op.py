@@ -426,18 +426,21 @@ def test_threads():
 
 
 def test_use_after_fork():
-    """A child forked after the parent used its thread pool does not hang."""
+    """A child forked after the parent used its thread pool does not hang.
+
+    The tensors stay under the size at which torch's own element-wise ops use the pool: those hang.
+    """
     code = (
         "import os, signal, torch, fasttx\n"
         "torch.set_num_threads(2)\n"
-        "x = [torch.randn(4, 4, 256, 32, requires_grad=True) for _ in range(3)]\n"
+        "x = [torch.randn(1, 2, 256, 32, requires_grad=True) for _ in range(3)]\n"
         "fasttx.attention(*x).sum().backward()\n"
         "expected = fasttx.attention(*x).detach()\n"
         "pid = os.fork()\n"
         "if pid == 0:\n"
         "    signal.alarm(60)\n"
         "    out = fasttx.attention(*x)\n"
-        "    out.backward(torch.ones(out.shape))\n"
+        "    torch.autograd.grad(out, x, torch.ones(out.shape))\n"
         "    os._exit(0 if torch.equal(out.detach(), expected) else 3)\n"
         "assert os.waitpid(pid, 0)[1] == 0\n"
     )
