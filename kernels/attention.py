@@ -35,6 +35,7 @@ from .common import (
     visible_keys,
     zero_nonfinite,
 )
+from .attention_bwd import backward_calls
 from .launch import Call, device_arch
 from .plan import Plan
 
@@ -147,7 +148,7 @@ def attention_fwd_kernel(
     """
     BLOCK_M: tl.constexpr = F.BLOCK_M
     BLOCK_DV: tl.constexpr = F.BLOCK_DV
-    batch, memory, head, row0, rows, key0, keys, first = place(
+    batch, memory, head, row0, rows, key0, keys, first, _ = place(
         tiles, pairs, heads, section, cu_q, cu_k, sequences, S, T,
         F.BLOCK_M, F.HAS_RIGHT and not F.PACKED, F.PACKED)  # fmt: skip
     if first >= rows:
@@ -248,5 +249,17 @@ def attention_fwd(out, lse, q, k, v, mask, slopes, positions, table, lut, cu_q, 
     for call in forward_calls(
         device_arch(q.device), out, lse, q, k, v, mask, slopes, positions, table, lut, cu_q, cu_k,
         seed, scale, softcap, dropout_p, left, right, lower_right, bias_shift,
+    ):  # fmt: skip
+        call.run()
+
+
+def attention_bwd(dq, dk, dv, dmask, dtable, dout, dlse, q, k, v, out, lse, mask, slopes,
+                  positions, table, lut, cu_q, cu_k, seed, scale, softcap, dropout_p, left, right,
+                  lower_right, bias_shift, need):  # fmt: skip
+    """Fill the gradients asked for by need: dq 1, dk 2, dv 4, dmask 8, dtable 16."""
+    for call in backward_calls(
+        device_arch(q.device), dq, dk, dv, dmask, dtable, dout, dlse, q, k, v, out, lse, mask,
+        slopes, positions, table, lut, cu_q, cu_k, seed, scale, softcap, dropout_p, left, right,
+        lower_right, bias_shift, need,
     ):  # fmt: skip
         call.run()

@@ -116,21 +116,23 @@ def place(tiles, pairs, heads, section, cu, cu_other, sequences, total, total_ot
     """Where this program works, on the axis of its tile and on the other one.
 
     Returns (batch or sequence, batch in memory, head, first row and rows of its sequence, first
-    row and rows of the other side, row of the tile within the sequence).
+    row and rows of the other side, row of the tile within the sequence, slot: pair * tiles + tile).
     """
     tile, pair = program_place(tiles, pairs, section, REVERSE)
+    slot = pair.to(tl.int64) * tiles + tile
     if PACKED:
         s = find_sequence(cu, sequences, tile, BLOCK, 1024)
         origin, rows = sequence_span(cu, s, sequences, total, total)
         other_origin, other_rows = sequence_span(cu_other, s, sequences, total_other, 0)
         first = (tile - origin // BLOCK - s) * BLOCK
         memory = pair.to(tl.int64) * 0
-        return s, memory, pair, origin.to(tl.int64), rows, other_origin.to(tl.int64), other_rows, first
+        return (s, memory, pair, origin.to(tl.int64), rows, other_origin.to(tl.int64), other_rows,
+                first, slot)  # fmt: skip
     else:
         batch = pair // heads
         none = pair.to(tl.int64) * 0
         return (batch, batch.to(tl.int64), pair % heads, none, total, none, total_other,
-                tile * BLOCK)  # fmt: skip
+                tile * BLOCK, slot)  # fmt: skip
 
 
 @triton.jit
