@@ -153,14 +153,15 @@ def _is_model(module: nn.Module) -> bool:
 
 
 def _attention(owner: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The innermost modules whose class is an ...Attention..., without those of inner models."""
+    """The innermost modules that are an ...Attention... by class, without those of inner models."""
 
     def walk(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
         found = []
         for child_name, child in module.named_children():
             if not _is_model(child):
                 found += walk(_join(name, child_name), child)
-        if not found and module is not owner and "Attention" in type(module).__name__:
+        named = any("Attention" in c.__name__ for c in type(module).__mro__)
+        if not found and named and module is not owner:
             found.append((name, module))
         return found
 
