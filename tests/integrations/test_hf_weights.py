@@ -104,7 +104,7 @@ def test_sapiens_restores_masked_residues(sapiens):
     given = weights.sapiens_batch(masked)
     logits = model(**given).logits[:, 1:-1, 4:24]
     best = logits[torch.arange(98), torch.arange(98)].argmax(-1)
-    right = sum(weights.SAPIENS_TOKENS[4 + b] == c for b, c in zip(best, chain, strict=True))
+    right = sum(weights.SAPIENS_TOKENS[4 + b] == c for b, c in zip(best, chain[:98], strict=True))
     assert right >= 90
 
 
