@@ -2,7 +2,9 @@
 
 Errors are against fp64. A provider passes when every tensor it returns is finite where the fp64
 answer is and, both in relative RMS and in its largest element, errs at most ``FACTOR`` times as
-much as plain PyTorch in the same dtype (``GRAD_FACTOR`` for gradients), plus one rounding.
+much as plain PyTorch in the same dtype (``GRAD_FACTOR`` for gradients), plus one rounding (eps, as
+in ``fasttx.testing``). The yardstick is the formula written out; the largest single error depends
+on chance, so there it is the worse of that formula and SDPA.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ class Verdict:
 
 def judge(errors: Mapping[str, Error], plain: Mapping[str, Error], dtype: torch.dtype) -> Verdict:
     """Compares a provider's errors with plain PyTorch's; names starting with d are gradients."""
-    rounding = torch.finfo(dtype).eps / 2
+    rounding = torch.finfo(dtype).eps
     wrong = []
     for name, error in errors.items():
         factor = GRAD_FACTOR if name.startswith("d") else FACTOR

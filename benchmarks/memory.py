@@ -19,6 +19,8 @@ from .ops.attention import timed_call
 from .ops.attention_case import Case, tensors
 
 TIMEOUT_S = 300
+# Where ``python -m`` finds this package: the checkout's root when it runs from there uninstalled.
+SOURCE_ROOT = None if __package__.startswith("fasttx") else Path(__file__).resolve().parent.parent
 
 
 def peak(case: Case, direction: str, provider: str, threads: int, device: str) -> int | None:
@@ -39,7 +41,7 @@ def peak(case: Case, direction: str, provider: str, threads: int, device: str) -
         [sys.executable, "-m", __name__, json.dumps(request)],
         capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
         env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"},
-        cwd=None if __package__.startswith("fasttx") else Path(__file__).resolve().parent.parent,
+        cwd=SOURCE_ROOT,
     )  # fmt: skip
     if done.returncode != 0:
         return None

@@ -14,6 +14,7 @@ from .ops.attention_case import DIRECTIONS, DTYPES
 MODELS = ("bert",)
 KINDS = {"op": ops.NAMES, "model": MODELS}
 SUITES = ("quick", "full", "musts")
+STAGES = ("ratios", "forced", "costs", "errors", "memory")
 BACKENDS = ("cpu", "triton", "reference", "torch")
 MAX_SIZE = 1 << 17
 
@@ -41,6 +42,7 @@ class Options:
     device: str = "cpu"
     budget_s: float | None = None
     memory: bool = False
+    stages: tuple[str, ...] = ()
     csv: Path | None = None
     json: Path | None = None
     out: Path | None = None

@@ -111,9 +111,12 @@ def rate_plot(rows: list[Row], path: Path, theme: str = "light") -> Path:
         _dress(axes, theme, "both")
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
-    handles, labels = grid.flat[0].get_legend_handles_labels()
+    named = {}
+    for axes in grid.flat:
+        handles, labels = axes.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
     legend = figure.legend(
-        handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8
+        named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
     )
     for text in legend.get_texts():
         text.set_color(colors["ink"])

@@ -74,8 +74,8 @@ def _styled(ratio: float | None) -> tuple[str, str]:
 
 
 COLUMNS = (
-    ("", 31), ("median", 8), ("95 % interval", 14), ("ratio", 7), ("vs best", 7), ("share", 6),
-    ("error", 8), ("", 2), ("first call", 10),
+    ("", 29), ("median", 8), ("95 % interval", 14), ("ratio", 7), ("vs best", 7), ("share", 5),
+    ("error", 7), ("", 2), ("1st call", 8),
 )  # fmt: skip
 
 
@@ -165,14 +165,14 @@ def print_report(run: Run, console: Console, memory: bool = False) -> None:
     for kind, title in (("op", "Ops"), ("model", "Models")):
         rows = [row for row in run.rows if row.kind == kind]
         if rows:
-            console.print(table(rows, title, memory))
+            console.print(table(rows, title, memory), soft_wrap=True)
     for line in legend(run):
-        console.print(line, style="dim")
+        console.print(line, style="dim", soft_wrap=True, highlight=False)
     lost = losses(run.rows)
     if lost:
         console.print("\nWhere fasttx does not win:", style="bold")
         for line in lost:
-            console.print("  " + line)
+            console.print("  " + line, soft_wrap=True, highlight=False)
     failed = [row for row in run.rows if row.ok is False and row.provider != "fasttx"]
     for row in failed:
         console.print(f"  {row.label} fails the check on {row.case} {row.dtype}: {row.why}")
@@ -217,7 +217,7 @@ def finite(value: Any) -> Any:
 
 
 def write_all(run: Run, folder: Path) -> list[Path]:
-    """CSV, JSON, PNG plots and the HTML page. Without matplotlib the plots are left out, said so."""
+    """CSV, JSON, PNG plots and the HTML page; without matplotlib no plots, and it says so."""
     from . import html, plots
 
     written = [write_csv(run, folder / "results.csv"), write_json(run, folder / "results.json")]

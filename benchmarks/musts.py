@@ -1,0 +1,320 @@
+"""``fasttx bench attention --suite musts``: every speed goal beside what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from . import goals, memory, report
+from .gate import Error
+from .harness import clock_for, interleave
+from .ops import attention
+from .ops.attention_case import Case, tensors
+from .ops.attention_check import exact_answer
+from .options import Options
+from .providers import find
+from .rows import Row, Run
+from .session import GROUP_SECONDS, Session
+
+CPU = torch.device("cpu")
+CHILD_TIMEOUT_S = 900
+
+
+def execute(options: Options, console: Console) -> int:
+    """Runs every goal; a miss is a result, so only a wrong answer makes the exit code 1."""
+    options = replace(options, suite="musts", models=(), providers=("fasttx", "sdpa"))
+    session = Session(options, console)
+    run, start = session.run, time.monotonic()
+    session.measure_limits()
+    for name, stage in STAGES.items():
+        if options.stages and name not in options.stages:
+            run.notes.append(f"stage {name} was not asked for")
+            continue
+        try:
+            stage(session)
+        except KeyboardInterrupt:
+            run.notes.append(f"interrupted in stage {name}: what was measured so far is here")
+            break
+    run.seconds = time.monotonic() - start
+    console.print(report.table(run.rows, "Attention"), soft_wrap=True)
+    for line in (*report.legend(run), "", *must_lines(run)):
+        console.print(line, highlight=False, soft_wrap=True)
+    folder = options.out or results_folder(run.machine["class"])
+    for path in (
+        report.write_csv(run, folder / "attention.csv"),
+        report.write_json(run, folder / "attention.json"),
+        write_markdown(run, folder / "attention.md"),
+    ):
+        console.print(f"wrote {path.resolve()}", soft_wrap=True, highlight=False)
+    return 1 if any(row.provider == "fasttx" and row.ok is False for row in run.rows) else 0
+
+
+def results_folder(machine_class: str) -> Path:
+    """benchmarks/results/<class> in a checkout, else under the current directory."""
+    here = Path(__file__).resolve().parent
+    home = here if (here.parent / ".git").exists() else Path("reports")
+    return home / "results" / machine_class
+
+
+def verdict(value: float | None, must: float | None, ok: bool | None, at_most: bool) -> str:
+    if ok is False:
+        return "WRONG"
+    if value is None:
+        return "UNCHECKED"
+    if must is None:
+        return "-"
+    return "PASS" if (value <= must if at_most else value >= must) else "MISS"
+
+
+def record(session: Session, entry: dict[str, Any]) -> None:
+    session.run.musts.append(entry)
+    text = f"{entry['verdict']:9} {entry['what']}: {entry['measured']} (must {entry['must']})"
+    session.console.print(text, highlight=False, soft_wrap=True)
+
+
+def _ratio_entry(goal: goals.Goal, row: Row) -> dict[str, Any]:
+    judged = row.threads == 1
+    must = goal.must if judged else None
+    low, high = row.ratio_low, row.ratio_high
+    measured = "none: " + row.why if row.ratio is None else f"{row.ratio:.2f}x"
+    if low is not None:
+        measured += f" [{low:.2f}, {high:.2f}]"
+    return {
+        "goal": goal.what,
+        "what": f"{goal.what}: {row.case}" + ("" if judged else f", {row.threads} threads"),
+        "value": row.ratio,
+        "low": low,
+        "high": high,
+        "share": row.share,
+        "measured": measured,
+        "must": "" if must is None else f">= {must:g}x",
+        "aim": "" if goal.aim is None or not judged else f"{goal.aim:g}x",
+        "aim_reached": None if goal.aim is None or row.ratio is None else row.ratio >= goal.aim,
+        "verdict": verdict(row.ratio, must, row.ok, at_most=False),
+    }
+
+
+def ratio_stage(session: Session, chosen: tuple[goals.Goal, ...] = goals.RATIOS) -> None:
+    """Rows of one case share their fp64 answer, so goals are walked case by case."""
+    wanted: dict[Case, list[tuple[str, goals.Goal]]] = {}
+    for goal in chosen:
+        for case, direction in goal.rows:
+            wanted.setdefault(case, []).append((direction, goal))
+    budget = session.options.budget_s or GROUP_SECONDS["musts"]
+    for case, jobs in wanted.items():
+        problem = attention.Problem(case, CPU)
+        for direction, goal in jobs:
+            for threads in session.options.threads:
+                torch.set_num_threads(threads)
+                rows = attention.measure(
+                    problem, direction, session.providers, threads, budget, session.run
+                )
+                session.run.rows += rows
+                for row in rows:
+                    if row.provider == "fasttx":
+                        record(session, _ratio_entry(goal, row))
+
+
+def forced_stage(session: Session) -> None:
+    """The same rows in a process of its own where fasttx is held to a lower instruction set."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder, "rows.json")
+        budget = session.options.budget_s or GROUP_SECONDS["musts"]
+        command = [sys.executable, "-m", __name__, str(target), str(budget)]
+        done = subprocess.run(
+            command,
+            env=os.environ | {"FASTTX_CPU_ISA": goals.FORCED[0].isa},
+            capture_output=True, text=True, timeout=CHILD_TIMEOUT_S, check=False,
+            cwd=memory.SOURCE_ROOT,
+        )  # fmt: skip
+        if done.returncode != 0:
+            session.run.skip("forced avx2", done.stderr.strip().splitlines()[-1][:300])
+            return
+        found = json.loads(target.read_text())
+    for row in found["rows"]:
+        row["features"]["isa"] = goals.FORCED[0].isa
+        row["case"] += " (forced avx2)"
+        session.run.rows.append(Row(**row))
+    for must in found["musts"]:
+        record(session, must)
+
+
+def _child(target: str, budget: str) -> None:
+    from rich.console import Console as Quiet
+
+    options = Options(suite="musts", providers=("fasttx", "sdpa"), budget_s=float(budget))
+    session = Session(options, Quiet(stderr=True, quiet=True))
+    session.measure_limits()
+    ratio_stage(session, goals.FORCED)
+    data = {"rows": [row.as_dict() for row in session.run.rows], "musts": session.run.musts}
+    Path(target).write_text(json.dumps(report.finite(data)))
+
+
+def cost_stage(session: Session) -> None:
+    torch.set_num_threads(1)
+    budget = (session.options.budget_s or GROUP_SECONDS["musts"]) / 2
+    provider = find()["fasttx"]
+    for goal in goals.COSTS:
+        calls = {}
+        for name, case in (("plain", goal.plain), ("feature", goal.feature)):
+            x = tensors(case)
+            call, leaves = provider.attention(case, x, check=False)
+            calls[name] = attention.timed_call(call, leaves, x.dout, goal.direction)
+        timings = interleave(calls, clock_for(CPU, 1), budget)
+        pairs = goal.feature.visible_pairs() / goal.plain.visible_pairs()
+        ratio = timings["feature"].ratio_to(timings["plain"])
+        value, low, high = (pairs * part for part in (ratio.median, ratio.low, ratio.high))
+        record(
+            session,
+            {
+                "goal": "rate per visible pair with a feature",
+                "what": f"rate per visible pair beside the plain kernel: {goal.what}",
+                "value": value,
+                "low": low,
+                "high": high,
+                "measured": f"{value:.2f} [{low:.2f}, {high:.2f}]",
+                "must": f">= {goal.must:g}",
+                "aim": "",
+                "verdict": verdict(value, goal.must, None, at_most=False),
+            },
+        )
+
+
+def error_stage(session: Session) -> None:
+    torch.set_num_threads(max(session.options.threads))
+    providers = {name: find()[name] for name in ("fasttx", "sdpa")}
+    for goal in goals.ERRORS:
+        errors = seed_errors(goal.case, providers, goals.SEEDS)
+        ratios = {
+            tensor: median(errors["fasttx"][tensor]) / median(errors["sdpa"][tensor])
+            for tensor in errors["sdpa"]
+        }
+        worst = max(ratios.values())
+        each = ", ".join(f"{tensor} {ratio:.2f}" for tensor, ratio in ratios.items())
+        record(
+            session,
+            {
+                "goal": f"{goal.case.dtype} error beside SDPA's",
+                "what": f"{goal.case.dtype} relative RMS error beside SDPA's: {goal.case.name}",
+                "value": worst,
+                "errors": {
+                    name: {t: median(e) for t, e in found.items()} for name, found in errors.items()
+                },
+                "measured": f"{worst:.2f}x ({each})",
+                "must": f"<= {goal.must:g}x",
+                "aim": "",
+                "verdict": verdict(worst, goal.must, None, at_most=True),
+            },
+        )
+
+
+def seed_errors(case: Case, providers: dict, seeds: int) -> dict[str, dict[str, list[float]]]:
+    """{provider: {tensor: relative RMS errors, one a seed}} of out, dq, dk, dv against fp64."""
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in providers}
+    for seed in range(seeds):
+        x = tensors(case, seed=seed)
+        exact = exact_answer(case, x)
+        for name, provider in providers.items():
+            call, leaves = provider.attention(case, x, check=True)
+            actual = attention.results(call, leaves, x.dout, gradients=True)
+            errors: dict[str, Error] = exact.errors(actual)
+            for tensor, error in errors.items():
+                found[name].setdefault(tensor, []).append(error.rms)
+    return found
+
+
+def memory_stage(session: Session) -> None:
+    small, large = goals.MEMORY_SIZES
+    for goal in goals.MEMORY:
+        peaks = []
+        for size in (small, large):
+            case = replace(goal.case, queries=size, keys=size)
+            peaks.append(memory.peak(case, goal.direction, "fasttx", 1, "cpu"))
+        known = None not in peaks and peaks[0]
+        growth = peaks[1] / peaks[0] if known else None
+        matrix = goal.case.heads * large * large * goal.case.torch_dtype.itemsize
+        text = "none: the process failed"
+        if known:
+            text = f"{growth:.1f}x ({report.size(peaks[0])} -> {report.size(peaks[1])}; "
+            text += f"N x N: {report.size(matrix)})"
+        features = ", ".join(goal.case.features) or "plain"
+        record(
+            session,
+            {
+                "goal": "peak memory O(S)",
+                "what": f"peak memory above the inputs, S {small} -> {large}: "
+                f"{goal.case.dtype} {goal.direction}, {features}",
+                "value": growth,
+                "peak_bytes": peaks,
+                "measured": text,
+                "must": f"<= {goal.must:g}x",
+                "aim": "4x",
+                "verdict": verdict(growth, goal.must, None, at_most=True),
+            },
+        )
+
+
+STAGES = {
+    "ratios": ratio_stage,
+    "forced": forced_stage,
+    "costs": cost_stage,
+    "errors": error_stage,
+    "memory": memory_stage,
+}
+
+
+def must_lines(run: Run) -> list[str]:
+    counts: dict[str, int] = {}
+    for must in run.musts:
+        counts[must["verdict"]] = counts.get(must["verdict"], 0) + 1
+    lines = [", ".join(f"{count} {name}" for name, count in sorted(counts.items()))]
+    for must in run.musts:
+        if must["verdict"] not in ("PASS", "-"):
+            lines.append(
+                f"{must['verdict']} {must['what']}: {must['measured']}, must {must['must']}"
+            )
+    return lines
+
+
+def write_markdown(run: Run, path: Path) -> Path:
+    machine = run.machine
+    versions = ", ".join(f"{n} {v}" for n, v in machine["packages"].items() if v)
+    lines = [
+        "# Attention: goals and what was measured",
+        "",
+        f"- Command: `{run.command}`",
+        f"- Date: {run.started}, took {run.seconds:.0f} s",
+        f"- Machine: {machine['cpu']} ({machine['class']}), {machine['cores']} cores, "
+        f"load average at the start {machine['load_average'][0]:.2f}",
+        f"- Versions: Python {machine['python']}, {versions}, commit {machine['commit']}",
+        *(f"- {line}" for line in report.legend(run)),
+        "",
+        *(f"- {line}" for line in must_lines(run)[:1]),
+        "",
+        "| goal and case | measured | share of limit | must | aim | |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for must in run.musts:
+        share = report.percent(must.get("share"))
+        cells = [must["what"], must["measured"], share, must["must"], must["aim"], must["verdict"]]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *(f"- Left out: {s['what']}: {s['why']}" for s in run.skipped)]
+    lines += [f"- Note: {note}" for note in run.notes]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines).rstrip() + "\n")
+    return path
+
+
+if __name__ == "__main__":
+    _child(*sys.argv[1:])
