@@ -1,7 +1,7 @@
 """Builds what pyproject.toml cannot say: the native libraries, by a build.ninja of its own.
 
 fasttx/libfasttx.so  Python-free: the CPU kernels, one object per instruction set, the CUDA kernels
-                     where nvcc is found, and csrc/ops.cpp on torch's stable ABI: one file serves
+                     where nvcc is found, and csrc/ops*.cpp on torch's stable ABI: one file serves
                      every torch from 2.11 on.
 fasttx/_C*.so        pybind11 without ATen, csrc/bind.cpp: queries and test hooks.
 
@@ -31,7 +31,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 
-TORCH_MIN = (2, 11)  # the first torch whose stable ABI has all that csrc/ops.cpp calls
+TORCH_MIN = (2, 11)  # the first torch whose stable ABI has all that csrc/ops calls
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 # Instruction set -> compiler flags; csrc/cpu/dispatch.cpp picks one at run time.
@@ -216,7 +216,7 @@ class NinjaBuildExt(build_ext):
                 objects.append(ninja.object(source, cuda, "nvcc"))
         flags += ["-isystem", torch / "include", TORCH_TARGET]
         flags += ["-DFASTTX_WITH_CUDA"] if nvcc else []
-        objects.append(ninja.object(CSRC / "ops.cpp", flags))
+        objects += [ninja.object(p, flags) for p in (CSRC / "ops.cpp", *sorted(CSRC.glob("ops/*.cpp")))]
         linker = ["--exclude-libs=ALL", "-z", "defs", "-soname=libfasttx.so", "--no-as-needed"]
         libraries = [f"-L{torch}/lib", "-ltorch_cpu", "-lc10"]
         ninja.link(library, objects, linker, libraries, "fasttx_*", "nvlink" if nvcc else "link")

@@ -50,9 +50,6 @@ typedef struct fasttx_attention {
   int32_t need;      // backward: dq 1, dk 2, dv 4, dmask 8, dtable 16
 } fasttx_attention;
 
-FASTTX_API int fasttx_attention_fwd_cpu(const fasttx_attention* args);
-FASTTX_API int fasttx_attention_bwd_cpu(const fasttx_attention* args);
-
 // The instruction set in use: "default", "avx2", "avx512" or "avx512bf16"; the best this CPU has,
 // or the lower one named by the environment variable FASTTX_CPU_ISA when the library is loaded.
 FASTTX_API const char* fasttx_cpu_isa(void);

@@ -3,43 +3,21 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "fasttx.h"
 
-namespace fasttx {
+FASTTX_BY_ISA(void, test_exp2, (const float*, float*, int64_t, int))
+FASTTX_BY_ISA(void, test_tanh, (const float*, float*, int64_t))
+FASTTX_BY_ISA(void, test_philox,
+              (uint32_t*, int64_t, uint64_t, uint32_t, uint32_t, uint32_t, uint32_t))
+FASTTX_BY_ISA(void, test_round, (const float*, float*, int64_t, int))
 
-#define DECLARE(isa)                                                                          \
-  namespace isa {                                                                             \
-  int attention_fwd(const fasttx_attention&);                                                 \
-  int attention_bwd(const fasttx_attention&);                                                 \
-  void test_exp2(const float*, float*, int64_t, int);                                         \
-  void test_tanh(const float*, float*, int64_t);                                              \
-  void test_philox(uint32_t*, int64_t, uint64_t, uint32_t, uint32_t, uint32_t, uint32_t);     \
-  void test_round(const float*, float*, int64_t, int);                                        \
-  }
-DECLARE(isa_default)
-DECLARE(isa_avx2)
-DECLARE(isa_avx512)
-DECLARE(isa_avx512bf16)
-#undef DECLARE
+namespace fasttx {
 
 namespace {
 
-struct Level {
-  const char* name;
-  decltype(&isa_default::attention_fwd) attention_fwd;
-  decltype(&isa_default::attention_bwd) attention_bwd;
-  decltype(&isa_default::test_exp2) test_exp2;
-  decltype(&isa_default::test_tanh) test_tanh;
-  decltype(&isa_default::test_philox) test_philox;
-  decltype(&isa_default::test_round) test_round;
-};
-#define LEVEL(name)                                                                             \
-  {#name,                     isa_##name::attention_fwd, isa_##name::attention_bwd,             \
-   isa_##name::test_exp2,     isa_##name::test_tanh,     isa_##name::test_philox,               \
-   isa_##name::test_round}
-constexpr Level LEVELS[] = {LEVEL(default), LEVEL(avx2), LEVEL(avx512), LEVEL(avx512bf16)};
-#undef LEVEL
+constexpr const char* LEVELS[] = {"default", "avx2", "avx512", "avx512bf16"};
 
 int best_level() {
   __builtin_cpu_init();
@@ -50,17 +28,6 @@ int best_level() {
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
     return 1;
   return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
-}
-
-const Level& level() {
-  static const Level& chosen = [&]() -> const Level& {
-    const int best = best_level();
-    const char* wanted = getenv("FASTTX_CPU_ISA");
-    for (int i = 0; wanted && i <= best; i++)
-      if (strcmp(wanted, LEVELS[i].name) == 0) return LEVELS[i];
-    return LEVELS[best];
-  }();
-  return chosen;
 }
 
 fasttx_run_fn run_function = nullptr;
@@ -78,6 +45,17 @@ struct Buffers {
 thread_local Buffers buffers;
 
 }  // namespace
+
+int cpu_level() {
+  static const int chosen = [] {
+    const int best = best_level();
+    const char* wanted = getenv("FASTTX_CPU_ISA");
+    for (int i = 0; wanted && i <= best; i++)
+      if (strcmp(wanted, LEVELS[i]) == 0) return i;
+    return best;
+  }();
+  return chosen;
+}
 
 int num_workers() {
   if (forked || !run_function) return 1;
@@ -106,13 +84,9 @@ void* scratch(ScratchSlot slot, size_t bytes) {
 
 }  // namespace fasttx
 
-using fasttx::level;
-
-int fasttx_attention_fwd_cpu(const fasttx_attention* args) { return level().attention_fwd(*args); }
-int fasttx_attention_bwd_cpu(const fasttx_attention* args) { return level().attention_bwd(*args); }
-const char* fasttx_cpu_isa(void) { return level().name; }
+const char* fasttx_cpu_isa(void) { return fasttx::LEVELS[fasttx::cpu_level()]; }
 const char* fasttx_cpu_isa_name(int i) {
-  return i >= 0 && i <= fasttx::best_level() ? fasttx::LEVELS[i].name : nullptr;
+  return i >= 0 && i <= fasttx::best_level() ? fasttx::LEVELS[i] : nullptr;
 }
 const char* fasttx_status_text(int status) {
   switch (status) {
@@ -136,13 +110,13 @@ void fasttx_set_threads(fasttx_run_fn run, int (*threads)(void)) {
   fasttx::run_function = run;
 }
 void fasttx_test_exp2(const float* x, float* y, int64_t n, int degree) {
-  level().test_exp2(x, y, n, degree);
+  BY_ISA(test_exp2)(x, y, n, degree);
 }
-void fasttx_test_tanh(const float* x, float* y, int64_t n) { level().test_tanh(x, y, n); }
+void fasttx_test_tanh(const float* x, float* y, int64_t n) { BY_ISA(test_tanh)(x, y, n); }
 void fasttx_test_philox(uint32_t* words, int64_t n, uint64_t seed, uint32_t column_group,
                         uint32_t row, uint32_t head, uint32_t batch) {
-  level().test_philox(words, n, seed, column_group, row, head, batch);
+  BY_ISA(test_philox)(words, n, seed, column_group, row, head, batch);
 }
 void fasttx_test_round(const float* x, float* y, int64_t n, int to) {
-  level().test_round(x, y, n, to);
+  BY_ISA(test_round)(x, y, n, to);
 }
