@@ -131,8 +131,8 @@ __attribute__((noinline)) void strip_probabilities(float* p, const float* s, flo
       FASTTX_UNROLL(2)
       for (int v = 0; v < VECS; v += 2) {
         const int at = r * BLOCK_Q + v * W;
-        vf x = exp2<3>(fms(load(s + at), factor, base[v]));
-        vf y = exp2<3>(fms(load(s + at + W), factor, base[v + 1]));
+        vf x = exp2<4>(fms(load(s + at), factor, base[v]));
+        vf y = exp2<4>(fms(load(s + at + W), factor, base[v + 1]));
         store(p + at, x);
         store(p + at + W, y);
         if (keep) {
