@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from .harness import Clock, clock_for
+from .harness import Clock, ThreadClock, clock_for
 
 GEMM_SIZE = 1024
 GPU_GEMM_SIZE = 8192
 BANDWIDTH_BYTES = 128 << 20
 SECONDS = 0.25
+PEAK_ROUNDS = 200_000
 
 
 @dataclass
@@ -52,7 +53,7 @@ def measure(device: torch.device, threads: int, dtypes: dict[str, torch.dtype]) 
     size = GPU_GEMM_SIZE if device.type == "cuda" else GEMM_SIZE
     for name, dtype in dtypes.items():
         limits.gemm[name] = 2.0 * size**3 / _gemm_seconds(size, dtype, device, clock)
-        peak = _native_peak(name) if device.type == "cpu" else 0.0
+        peak = _native_peak(name, ThreadClock()) if device.type == "cpu" else 0.0
         if peak:
             limits.peak[name] = peak * threads
     source = torch.ones(BANDWIDTH_BYTES // 4, device=device)
@@ -79,10 +80,15 @@ def _best(clock: Clock, call) -> float:
     return best
 
 
-def _native_peak(dtype: str) -> float:
-    """FLOP/s of one thread from the probe in ``fasttx._C``; 0 where there is none."""
+def _native_peak(dtype: str, clock: Clock) -> float:
+    """FLOP/s of one thread doing multiply-adds in registers; 0 where there is no such probe."""
     try:
-        probe = getattr(importlib.import_module("fasttx._C"), "cpu_peak", None)
-        return float(probe(dtype)) * 1e9 if probe is not None else 0.0
-    except (ImportError, ValueError, RuntimeError):
+        probe = getattr(importlib.import_module("fasttx._C"), "_peak", None)
+    except ImportError:
         return 0.0
+    if probe is None or dtype not in ("fp32", "bf16"):
+        return 0.0
+    work = probe(dtype == "bf16", PEAK_ROUNDS)
+    if not work:
+        return 0.0
+    return work / _best(clock, lambda: probe(dtype == "bf16", PEAK_ROUNDS))

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "fasttx.h"
+#include "peak.h"
 
 namespace py = pybind11;
 
@@ -35,6 +36,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cuda_built", [] { return false; }, "Whether the library holds CUDA kernels.");
 
+  m.def("_peak", &fasttx::peak, "Multiply-adds in registers; the floating-point operations done.",
+        py::arg("bf16"), py::arg("rounds"));
   m.def("_exp2", [](const py::buffer& x, const py::buffer& y, int degree) {
     const py::ssize_t n = x.request().size;
     fasttx_test_exp2(data<float>(x, n), data<float>(y, n, true), n, degree);
