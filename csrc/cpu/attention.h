@@ -123,6 +123,17 @@ inline int64_t bias_floats(const Problem& p) {
          (p.a->table.data ? p.S + p.T + 2 * BIAS_PAD : 0);
 }
 
+// Additive masks in units of log2(e) and back. The finite minimum of a dtype stays finite.
+constexpr float LOWEST = -3.4028234663852886e38f;
+FASTTX_INLINE vf to_log2(vf x) {
+  return select(equal(x, set1(-INF)), x, max(set1(LOWEST), x * set1(LOG2E)));
+}
+FASTTX_INLINE float to_log2(float x) {
+  const float y = x * LOG2E;
+  return x != -INF && y < LOWEST ? LOWEST : y;
+}
+FASTTX_INLINE vf from_log2(vf x) { return select(equal(x, set1(LOWEST)), x, x * set1(LN2)); }
+
 // The element of a mask of any dtype as an additive number: 0 or -inf for a bool.
 FASTTX_INLINE float mask_value(const fasttx_tensor& mask, int64_t offset) {
   switch (mask.dtype) {
@@ -169,7 +180,7 @@ inline Bias build_bias(const Problem& p, const Head& h, float* memory) {
           b.keys.end = j + 1;
         }
         needed = needed || (m != 0.0f && m != -INF);
-        key[j] = m == -INF ? -INF : key[j] + m * LOG2E;
+        key[j] = m == -INF ? -INF : key[j] + to_log2(m);
       }
       if (b.keys.end < b.keys.begin) b.keys = {0, 0};
       for (int64_t j = b.keys.begin; j < b.keys.end && !needed; j++) needed = key[j] == -INF;
@@ -199,7 +210,7 @@ FASTTX_INLINE void mask_tile(const E* mask, int64_t row_stride, int64_t column_s
   if (column_stride == 1 && j + W <= T) {
     FASTTX_UNROLL(16)
     for (int r = 0; r < W; r++)
-      tile[r] = load(mask + min64(i + r, S - 1) * row_stride + j) * set1(LOG2E);
+      tile[r] = to_log2(load(mask + min64(i + r, S - 1) * row_stride + j));
     transpose(tile);
     return;
   }
@@ -207,7 +218,7 @@ FASTTX_INLINE void mask_tile(const E* mask, int64_t row_stride, int64_t column_s
     const E* column = mask + min64(j + c, T - 1) * column_stride;
     float t[W];
     for (int r = 0; r < W; r++) t[r] = to_float(column[min64(i + r, S - 1) * row_stride]);
-    tile[c] = load(t) * set1(LOG2E);
+    tile[c] = to_log2(load(t));
   }
 }
 struct Bool {

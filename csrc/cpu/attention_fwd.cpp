@@ -345,19 +345,14 @@ struct Forward {
       const int n = (int)min64(W, rows - v * W);
       const vf scaled = set1(p.dropout.keep_scale) / l[v];
       const vf inverse = select(equal(l[v], vf{}), vf{}, scaled);
-      if (!store_rows(a, h, i0 + v * W, n, p.Dv, t.o + v, inverse, true)) {
-        careful(p, h, b, i0 + v * W, n, t);
-        continue;
-      }
       const vf base = select(equal(m[v], set1(-INF)), vf{}, m[v] * scale);
-      store_lse(a, h, i0 + v * W, n, base, l[v]);
+      store_strided(at<float>(a.lse, h.batch, h.head, h.q0 + i0 + v * W), a.lse.strides[2],
+                    from_log2(base + log2(l[v])), n);
+      if (!store_rows(a, h, i0 + v * W, n, p.Dv, t.o + v, inverse, true))
+        careful(p, h, b, i0 + v * W, n, t);
     }
   }
 
-  static void store_lse(const fasttx_attention& a, const Head& h, int64_t i, int n, vf base, vf l) {
-    float* to = at<float>(a.lse, h.batch, h.head, h.q0 + i);
-    store_strided(to, a.lse.strides[2], (base + log2(l)) * set1(LN2), n);
-  }
 
   // Writes n rows of O^T * inverse from row i; false if a value was not finite, which `expect_finite`
   // may then round wrongly.
@@ -395,8 +390,8 @@ struct Forward {
     return !any(not_finite((vf)worst));
   }
 
-  // W rows again, where a NaN or infinity came out: hidden ones must not have reached the result, so
-  // nothing is multiplied that is not visible.
+  // The output of W rows again, where a NaN or infinity came out: it may stem from a hidden row of V,
+  // so this time nothing hidden or dropped is multiplied. lse is right already: scores are selected.
   static void careful(const Problem& p, const Head& h, const Bias& b, int64_t i, int n,
                       const Tile& t) {
     const fasttx_attention& a = *p.a;
@@ -434,7 +429,12 @@ struct Forward {
         s[k] = exp2<6>(s[k] - base);
         l += s[k];
       }
-      if (p.dropout.threshold) apply_dropout<1>(p, h, s, i, j0, nk);
+      if (p.dropout.threshold) {
+        vf kept[64];
+        for (int k = 0; k < nk; k++) kept[k] = set1(1.0f);
+        apply_dropout<1>(p, h, kept, i, j0, nk);
+        for (int k = 0; k < nk; k++) visible[k] = mask_and(visible[k], less(vf{}, kept[k]));
+      }
       for (int k = 0; k < nk; k++) {
         if (!any(visible[k])) continue;
         const E* row = at<E>(a.v, h.batch, h.kv_head, h.k0 + j0 + k);
@@ -446,7 +446,6 @@ struct Forward {
     }
     const vf inverse = select(equal(l, vf{}), vf{}, set1(p.dropout.keep_scale) / l);
     store_rows(a, h, i, n, p.Dv, o, inverse, false);
-    store_lse(a, h, i, n, select(equal(m, set1(-INF)), vf{}, m), l);
   }
 
   // ---- all of it ----
