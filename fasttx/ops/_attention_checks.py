@@ -89,11 +89,11 @@ def checked(
 
     if scale is None:
         scale = D**-0.5
-    elif not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    elif not isinstance(scale, (int, float)) or not -math.inf < scale < math.inf:
         raise _number("scale", scale, "a finite number or None")
     if softcap is None:
         softcap = 0.0
-    elif not isinstance(softcap, (int, float)) or not (math.isfinite(softcap) and softcap > 0):
+    elif not isinstance(softcap, (int, float)) or not 0 < softcap < math.inf:
         raise _number("softcap", softcap, "a finite number above 0 or None")
     if dropout_p != 0.0 and (not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0):
         raise _number("dropout_p", dropout_p, "in [0, 1)")
