@@ -18,6 +18,7 @@ int64 [1] is the key of the dropout bits (fasttx/reference/philox.py). need: dq 
 import torch
 from torch import Tensor
 
+from ..autograd import differentiable
 from ..op import Kernel, Needs, Op
 from ._attention_checks import Call, checked
 from ._position_bias import ALiBi, RelativePositionBias
@@ -76,162 +77,26 @@ for _op in (attention_fwd, attention_bwd):
     )
 
 
-def _needed(grads: tuple[Tensor, ...], need: int) -> list[Tensor | None]:
-    return [g if need >> bit & 1 else None for bit, g in enumerate(grads)]
-
-
-def _forward(q, k, v, mask, table, rest, scalars, backend):
+def _forward(tensors, rest, scalars, backend):
+    q, k, v, mask, table = tensors
     return attention_fwd(q, k, v, mask, *rest[:2], table, *rest[2:], *scalars, backend=backend)
 
 
-class _Attention(torch.autograd.Function):
-    """rest = (slopes, positions, lut, cu_q, cu_k, seed); scalars = attention_fwd's from scale
-    on."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, mask, table, rest, scalars, return_lse, backend):
-        outputs = _forward(q, k, v, mask, table, rest, scalars, backend)
-        _Attention.save(ctx, (q, k, v, mask, table, rest, scalars, return_lse, backend), outputs)
-        return outputs
-
-    @staticmethod
-    def save(ctx, inputs, outputs):
-        q, k, v, mask, table, rest, ctx.scalars, return_lse, ctx.backend = inputs
-        ctx.save_for_backward(q, k, v, mask, table, *rest, *outputs)
-        ctx.set_materialize_grads(False)
-        if not return_lse:
-            ctx.mark_non_differentiable(outputs[1])
-
-    @staticmethod
-    def backward(ctx, dout, dlse):
-        q, k, v, mask, table, *rest, out, lse = ctx.saved_tensors
-        need = sum(1 << bit for bit, needed in enumerate(ctx.needs_input_grad[:5]) if needed)
-        if dout is None:
-            dout = torch.zeros_like(out)
-        call = (
-            dout,
-            dlse,
-            q,
-            k,
-            v,
-            mask,
-            table,
-            out,
-            lse,
-            tuple(rest),
-            ctx.scalars,
-            need,
-            ctx.backend,
-        )
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            grads = _backward(*call)
-        else:
-            double = (
-                _AttentionBackwardFunctorch
-                if torch._C._are_functorch_transforms_active()
-                else _AttentionBackward
-            )
-            grads = double.apply(*call)
-        return *_needed(grads, need), None, None, None, None
+def _backward(upstream, tensors, rest, outputs, scalars, need, backend):
+    (dout, dlse), (q, k, v, mask, table), (out, lse) = upstream, tensors, outputs
+    dout = torch.zeros_like(out) if dout is None else dout
+    inputs = (q, k, v, out, lse, mask, *rest[:2], table, *rest[2:])
+    return attention_bwd(dout, dlse, *inputs, *scalars, need, backend=backend)
 
 
-def _backward(dout, dlse, q, k, v, mask, table, out, lse, rest, scalars, need, backend):
-    slopes, positions, *packed = rest
-    return attention_bwd(
-        dout,
-        dlse,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        mask,
-        slopes,
-        positions,
-        table,
-        *packed,
-        *scalars,
-        need,
-        backend=backend,
-    )
+def _math(tensors, rest, scalars):
+    from ..reference.attention import attention_math
+
+    q, k, v, mask, table = tensors
+    return attention_math(q, k, v, mask, *rest[:2], table, *rest[2:], *scalars)
 
 
-class _AttentionBackward(torch.autograd.Function):
-    """The backward as a Function of its own, so that a second derivative exists: by the reference,
-    in O(S x T) memory."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        grads = _backward(*inputs)
-        _AttentionBackward.save(ctx, inputs, grads)
-        return grads
-
-    @staticmethod
-    def save(ctx, inputs, grads):
-        dout, dlse, q, k, v, mask, table, _, _, rest, ctx.scalars, ctx.need, _ = inputs
-        ctx.save_for_backward(dout, dlse, q, k, v, mask, table, *rest)
-
-    @staticmethod
-    def backward(ctx, *upstream):
-        from ..reference.attention import attention_math
-
-        saved, (slopes, positions, *packed) = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
-        present = [i for i, t in enumerate(saved) if t is not None and t.is_floating_point()]
-        given = [i for i in present if i >= 2]
-        wanted = [i for i in given if ctx.need >> (i - 2) & 1]
-
-        def gradients(*values):
-            at = dict(zip(present, values, strict=True))
-
-            def forward(*values):
-                q, k, v, mask, table = (
-                    {**at, **dict(zip(given, values, strict=True))}.get(i, saved[i])
-                    for i in range(2, 7)
-                )
-                out, lse = attention_math(
-                    q, k, v, mask, slopes, positions, table, *packed, *ctx.scalars
-                )
-                return (out, lse) if 1 in at else (out,)
-
-            outputs, pull = torch.func.vjp(forward, *(at[i] for i in given))
-            first = pull(tuple(at[i].to(o.dtype) for i, o in enumerate(outputs)))
-            return tuple(first[given.index(i)] for i in wanted)
-
-        _, pull = torch.func.vjp(gradients, *(saved[i] for i in present))
-        second = pull(tuple(upstream[i - 2] for i in wanted))
-        result = dict(zip(present, second, strict=True))
-        return tuple(
-            result.get(i) if needed else None for i, needed in enumerate(ctx.needs_input_grad)
-        )
-
-
-class _AttentionFunctorch(torch.autograd.Function):
-    """The same under torch.func transforms, which need setup_context (three times the overhead of
-    the classic form)."""
-
-    generate_vmap_rule = True
-    backward = _Attention.backward
-
-    @staticmethod
-    def forward(q, k, v, mask, table, rest, scalars, return_lse, backend):
-        return _forward(q, k, v, mask, table, rest, scalars, backend)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _Attention.save(ctx, inputs, output)
-
-
-class _AttentionBackwardFunctorch(torch.autograd.Function):
-    generate_vmap_rule = True
-    backward = _AttentionBackward.backward
-
-    @staticmethod
-    def forward(*inputs):
-        return _backward(*inputs)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _AttentionBackward.save(ctx, inputs, output)
+_attention = differentiable("attention", _forward, _backward, _math)
 
 
 def attention(
@@ -303,13 +168,7 @@ def attention(
     )  # fmt: skip
     if backend == "torch":
         return _torch(call, return_lse)
-    tensors, rest, scalars = call.tensors, call.rest, call.scalars
-    if torch._C._are_functorch_transforms_active():
-        out, lse = _AttentionFunctorch.apply(*tensors, rest, scalars, return_lse, backend)
-    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        out, lse = _Attention.apply(*tensors, rest, scalars, return_lse, backend)
-    else:
-        out, lse = _forward(*tensors, rest, scalars, backend)
+    out, lse = _attention(*call[:3], backend, () if return_lse else (1,))
     if call.leading is not None:
         out, lse = (
             out.reshape(call.leading + out.shape[-2:]),

@@ -1,0 +1,167 @@
+"""Autograd around an op: the first derivative by its kernels, higher ones by the reference.
+
+Two Functions an op and direction: the classic form, and the setup_context form used only under
+torch.func transforms, which costs three times as much. With grad mode on, the backward is a
+Function of its own, whose backward differentiates
+the reference: a gradient penalty or a grad of grad is right, to any order, not silently dropped.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def differentiable(
+    name: str, forward: Callable, backward: Callable, math: Callable, save: Callable | None = None
+) -> Callable:
+    """`call(tensors, rest, scalars, backend, constant=())`, differentiable in `tensors` (None where
+    an argument is absent).
+
+    forward(tensors, rest, scalars, backend) gives the outputs, a tuple. backward(upstream, tensors,
+    rest, outputs, scalars, need, backend) gives one gradient for each tensor whose bit in `need` is
+    set and anything for the others; an upstream gradient is None where an output was not used.
+    math(tensors, rest, scalars) is the forward in plain PyTorch, with the same outputs.
+    save(tensors, outputs) may replace what the backward does not read by None; a second derivative
+    through a tensor that was dropped is refused. rest: tensors without gradients; scalars: anything
+    else. constant: outputs, by index, that carry no gradient.
+    """
+    save = save or (lambda tensors, outputs: (tensors, outputs))
+
+    def keep(ctx, tensors, rest, scalars, backend, constant, outputs):
+        kept, kept_outputs = save(tensors, outputs)
+        ctx.save_for_backward(*kept, *rest, *kept_outputs)
+        ctx.counts = len(tensors), len(rest)
+        ctx.scalars, ctx.backend = scalars, backend
+        ctx.set_materialize_grads(False)
+        if constant:
+            ctx.mark_non_differentiable(*(outputs[i] for i in constant))
+
+    class First(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, rest, scalars, backend, constant, *tensors):
+            outputs = forward(tensors, rest, scalars, backend)
+            keep(ctx, tensors, rest, scalars, backend, constant, outputs)
+            return outputs
+
+        @staticmethod
+        def backward(ctx, *upstream):
+            n, m = ctx.counts
+            saved = ctx.saved_tensors
+            tensors, rest, outputs = saved[:n], saved[n : n + m], saved[n + m :]
+            need = sum(1 << i for i, needed in enumerate(ctx.needs_input_grad[4:]) if needed)
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                grads = backward(upstream, tensors, rest, outputs, ctx.scalars, need, ctx.backend)
+            else:
+                twice = SecondTransformed if torch._C._are_functorch_transforms_active() else Second
+                grads = twice.apply(
+                    len(upstream),
+                    n,
+                    rest,
+                    outputs,
+                    ctx.scalars,
+                    need,
+                    ctx.backend,
+                    *upstream,
+                    *tensors,
+                )
+            return (
+                None,
+                None,
+                None,
+                None,
+                *(g if need >> i & 1 else None for i, g in enumerate(grads)),
+            )
+
+    class FirstTransformed(torch.autograd.Function):
+        generate_vmap_rule = True
+        backward = First.backward
+
+        @staticmethod
+        def forward(rest, scalars, backend, constant, *tensors):
+            return forward(tensors, rest, scalars, backend)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            rest, scalars, backend, constant, *tensors = inputs
+            keep(ctx, tensors, rest, scalars, backend, constant, output)
+
+    def run_second(count, n, rest, outputs, scalars, need, backend, *upstream_and_tensors):
+        upstream, tensors = upstream_and_tensors[:count], upstream_and_tensors[count:]
+        return tuple(backward(upstream, tensors, rest, outputs, scalars, need, backend))
+
+    def keep_second(ctx, inputs):
+        ctx.count, ctx.n, rest, _, ctx.scalars, ctx.need, _, *upstream_and_tensors = inputs
+        ctx.save_for_backward(*upstream_and_tensors, *rest)
+
+    class Second(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            keep_second(ctx, inputs)
+            return run_second(*inputs)
+
+        @staticmethod
+        def backward(ctx, *given):
+            count, n = ctx.count, ctx.n
+            saved = ctx.saved_tensors
+            saved, rest = saved[: count + n], saved[count + n :]
+            wanted = [count + i for i in range(n) if ctx.need >> i & 1]
+            if any(saved[i] is None for i in wanted):
+                raise NotImplementedError(
+                    f"fasttx.{name} has no second derivative: its backward keeps no input"
+                )
+            present = [i for i, t in enumerate(saved) if t is not None and t.is_floating_point()]
+            leaves = [i for i in present if i >= count]
+            used = [i for i in range(count) if saved[i] is not None]
+
+            def gradients(*values):
+                at = dict(zip(present, values, strict=True))
+
+                def plain(*values):
+                    inner = {**at, **dict(zip(leaves, values, strict=True))}
+                    outputs = math(
+                        tuple(inner.get(i, saved[i]) for i in range(count, count + n)),
+                        rest,
+                        ctx.scalars,
+                    )
+                    return tuple(outputs[i] for i in used)
+
+                outputs, pull = torch.func.vjp(plain, *(at[i] for i in leaves))
+                first = pull(tuple(at[i].to(o.dtype) for i, o in zip(used, outputs, strict=True)))
+                return tuple(first[leaves.index(i)] for i in wanted)
+
+            _, pull = torch.func.vjp(gradients, *(saved[i] for i in present))
+            second = dict(zip(present, pull(tuple(given[i - count] for i in wanted)), strict=True))
+            return *(None,) * 7, *(
+                second.get(i) if needed else None
+                for i, needed in enumerate(ctx.needs_input_grad[7:])
+            )
+
+    class SecondTransformed(torch.autograd.Function):
+        generate_vmap_rule = True
+        backward = Second.backward
+
+        @staticmethod
+        def forward(*inputs):
+            return run_second(*inputs)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            keep_second(ctx, inputs)
+
+    def call(
+        tensors: tuple,
+        rest: tuple,
+        scalars: tuple,
+        backend: str | None,
+        constant: tuple[int, ...] = (),
+    ) -> tuple[Tensor, ...]:
+        if torch._C._are_functorch_transforms_active():
+            return FirstTransformed.apply(rest, scalars, backend, constant, *tensors)
+        if torch.is_grad_enabled():
+            for t in tensors:
+                if t is not None and t.requires_grad:
+                    return First.apply(rest, scalars, backend, constant, *tensors)
+        return forward(tensors, rest, scalars, backend)
+
+    return call
