@@ -218,7 +218,9 @@ class NinjaBuildExt(build_ext):
                 objects.append(ninja.object(source, cuda, "nvcc"))
         flags += ["-isystem", torch / "include", TORCH_TARGET]
         flags += ["-DFASTTX_WITH_CUDA"] if nvcc else []
-        objects += [ninja.object(p, flags) for p in (CSRC / "ops.cpp", *sorted(CSRC.glob("ops/*.cpp")))]
+        flags += [f"-ffile-prefix-map={ROOT}/="]  # torch's checks put the file's name in the error
+        for source in (CSRC / "ops.cpp", *sorted(CSRC.glob("ops/*.cpp"))):
+            objects.append(ninja.object(source, flags))
         linker = ["--exclude-libs=ALL", "-z", "defs", "-soname=libfasttx.so", "--no-as-needed"]
         libraries = [f"-L{torch}/lib", "-ltorch_cpu", "-lc10"]
         ninja.link(library, objects, linker, libraries, "fasttx_*", "nvlink" if nvcc else "link")
