@@ -419,28 +419,29 @@ def _columns_careful(dk, dv, dk_stride, dv_stride, k_base, v_base, k_stride, v_s
     v = load_rows(v_base, first, keys, v_stride, F.DV, COLUMNS, F.BLOCK_DV, True, F)
     acc_k = tl.zeros([COLUMNS, BLOCK_D], tl.float32)
     acc_v = tl.zeros([COLUMNS, BLOCK_DV], tl.float32)
+    unsummed = tl.zeros([COLUMNS], tl.float32)
     j = first + tl.arange(0, COLUMNS)
     blocks = ranges[5] - ranges[0]
     q_strides = (q_stride[2], q_stride[3])
     dout_strides = (dout_stride[2], dout_stride[3])
     for member in range(0, group):
         head = kv_head * group + member
-        at, masking, bias, _, _, dropout, _ = _column_head(
+        at, masking, bias, far_lo, far_hi, dropout, shown = _column_head(
             head, batch, memory, row0, rows, keys, S, heads, first, COLUMNS, mask, mask_stride,
             slopes, slope_stride, positions, position_stride, diagonals, sequences, bias_shift,
             reach, seed, threshold, F)  # fmt: skip
         queries = head_base(q, q_stride, memory, head, row0)
         douts = head_base(dout, dout_stride, memory, head, row0)
         for index in tl.range(0, blocks, num_stages=1):
-            acc_k, acc_v, _ = _columns_step(
-                acc_k, acc_v, 0.0, k, v, queries, douts, shift + at, log_total + at, delta + at,
+            acc_k, acc_v, unsummed = _columns_step(
+                acc_k, acc_v, unsummed, k, v, queries, douts, shift + at, log_total + at, delta + at,
                 any_block(index, ranges), first, shape, scale, cap, masking, bias, 0.0, dropout,
                 keep_scale, q_strides, dout_strides, F, True, True, COLUMNS)  # fmt: skip
         if F.WRITE_DV:
             for index in tl.range(0, blocks, num_stages=1):
                 start = any_block(index, ranges) * F.BLOCK_M
                 i = start + tl.arange(0, F.BLOCK_M)
-                visible, _ = tile_visible(i[None, :], j[:, None], shape, masking, F, True)
+                visible, added = tile_visible(i[None, :], j[:, None], shape, masking, F, True)
                 seen = load_rows(
                     douts, start, rows, dout_strides, F.DV, F.BLOCK_M, F.BLOCK_DV, True, F
                 )
@@ -581,7 +582,7 @@ def attention_bwd_mask_kernel(
         head = owner % kept_heads + number % head_sum
         memory = batch.to(tl.int64)
         kv_head = head // group
-        bias, _, _ = bias_place(
+        bias, far_lo, far_hi = bias_place(
             slopes, slope_stride, positions, position_stride, diagonals, batch, memory, head,
             sequences, S, T, bias_shift, reach, F)  # fmt: skip
         dropout = dropout_place(seed, batch, head, threshold, F)
@@ -594,7 +595,7 @@ def attention_bwd_mask_kernel(
             head_base(k, k_stride, memory, kv_head, 0), first_key, T, (k_stride[2], k_stride[3]),
             F.D, BLOCK_N, F.BLOCK_D, True, F)  # fmt: skip
         product = tl.dot(q_rows, tl.trans(k_rows), input_precision=F.PRECISION)
-        x, visible, _ = tile_logits(
+        x, visible, bent = tile_logits(
             product, i[:, None], j[None, :], shape, scale, cap, masking, bias, 0.0, F, True
         )
         at = (memory * heads + head) * S

@@ -377,7 +377,7 @@ def is_finite(x):
 
 @triton.jit
 def any_nonfinite(x):
-    return tl.max(tl.max(tl.where(is_finite(x), 0, 1), 1), 0) > 0
+    return tl.max(tl.where(is_finite(x), 0, 1)) > 0
 
 
 @triton.jit

@@ -59,7 +59,7 @@ def meta_arguments(dtype="bf16", B=2, H=8, G=8, S=1024, T=1024, D=64, DV=None, m
 
 def calls_of(arch: str, direction: str, config: dict) -> list:
     """The kernel calls that one configuration launches."""
-    from . import attention
+    from . import attention, attention_bwd
 
     tensors, scalars = meta_arguments(**config)
     q, k, v = tensors[:3]
@@ -67,7 +67,20 @@ def calls_of(arch: str, direction: str, config: dict) -> list:
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if direction == "fwd":
         return list(attention.forward_calls(arch, out, lse, *tensors, *scalars))
-    raise NotImplementedError
+    mask, table = tensors[3], tensors[6]
+    trained = mask is not None and mask.dtype != torch.bool
+    gradients = [
+        *(torch.empty_like(x) for x in (q, k, v)),
+        torch.empty_like(mask) if trained else q.new_empty(0),
+        q.new_empty(0) if table is None else torch.empty_like(table),
+    ]
+    need = 7 + 8 * trained + 16 * (table is not None)
+    return list(
+        attention_bwd.backward_calls(
+            arch, *gradients, torch.empty_like(out), None, q, k, v, out, lse, *tensors[3:],
+            *scalars, need,
+        )
+    )  # fmt: skip
 
 
 def compile_call(call, target):
@@ -89,25 +102,43 @@ def compile_call(call, target):
     return triton.compile(source, target=target, options=options.__dict__)
 
 
-def _nvidia_resources(compiled) -> dict:
+def _nvidia_tool(name: str) -> str:
     import triton
 
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    return os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin", name)
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def _nvidia_resources(compiled) -> dict:
     ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = os.path.join(folder, "kernel.cubin")
+        with open(cubin, "wb") as file:
+            file.write(compiled.asm["cubin"])
+        usage = _run(_nvidia_tool("cuobjdump"), "--dump-resource-usage", cubin)
+        found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+        spills = int(found["STACK"]) + int(found["LOCAL"])
+        if spills:  # a stack frame alone is no spill: ask the assembler
+            source = os.path.join(folder, "kernel.ptx")
+            with open(source, "w") as file:
+                file.write(ptx)
+            target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE).group(1)
+            tool = _nvidia_tool("ptxas-blackwell" if target.startswith("sm_1") else "ptxas")
+            if not os.path.exists(tool):
+                tool = _nvidia_tool("ptxas")
+            log = _run(tool, "-v", f"--gpu-name={target}", source, "-o", os.path.join(folder, "o"))
+            spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
     return {
         "registers": int(found["REG"]),
-        "spills": int(found["STACK"]) + int(found["LOCAL"]),
+        "spills": spills,
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": ptx.count("mma.sync"),
         "tcgen05": ptx.count("tcgen05.mma"),
-        "tf32": ptx.count("tf32"),
+        "tf32": ptx.count(".tf32"),
     }
 
 

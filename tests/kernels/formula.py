@@ -1,4 +1,4 @@
-"""The formula of attention in fp64, differentiable, to check kernels against."""
+"""The formula of attention in plain, differentiable PyTorch, to check kernels against."""
 
 import numpy as np
 import torch
@@ -38,8 +38,8 @@ def _one(q, k, v, mask, slopes, positions, table, lut, seed, batch, scale, softc
         logits = softcap * torch.tanh(logits / softcap)
     i, j = torch.arange(S)[:, None], torch.arange(T)[None, :]
     if slopes is not None:
-        place = j[0].double() if positions is None else positions.double()
-        logits = logits + slopes.double()[:, None, None] * place
+        place = j[0] if positions is None else positions
+        logits = logits + (slopes[:, None, None] * place).to(logits.dtype)
     if table is not None:
         reach = lut.numel() // 2
         distance = (j - (i + T - S + bias_shift)).clamp(-reach, reach) + reach
@@ -67,14 +67,14 @@ def _one(q, k, v, mask, slopes, positions, table, lut, seed, batch, scale, softc
 
 def attention(q, k, v, mask=None, slopes=None, positions=None, table=None, lut=None, cu_q=None,
               cu_k=None, seed=None, scale=1.0, softcap=0.0, dropout_p=0.0, left=-1, right=-1,
-              lower_right=False, bias_shift=0):  # fmt: skip
-    """(out, lse) in fp64, differentiable in q, k, v, a float mask and the table."""
+              lower_right=False, bias_shift=0, dtype=torch.float64):  # fmt: skip
+    """(out, lse) computed in `dtype`, differentiable in q, k, v, a float mask and the table."""
     B, H, S, _ = q.shape
     T, DV = v.shape[2:]
-    q, k, v = q.double(), k.double(), v.double()
-    table = None if table is None else table.double()
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    table = None if table is None else table.to(dtype)
     if mask is not None:
-        mask = mask if mask.dtype == torch.bool else mask.double()
+        mask = mask if mask.dtype == torch.bool else mask.to(dtype)
         mask = mask.expand(B, H, S, T)
 
     def row(x, b):
