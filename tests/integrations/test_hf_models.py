@@ -151,7 +151,8 @@ def test_encoder_decoder_of_two_configs():
         theirs = model(**given).logits
         report = fasttx.patch(model, strict=True)
         assert len(report.replaced) == 6
-        assert model.decoder.bert.config._attn_implementation == "fasttx"
+        for half in (model.encoder, model.decoder, model.decoder.bert):
+            assert half.config._attn_implementation == "fasttx"
         torch.testing.assert_close(model(**given).logits, theirs, rtol=1e-5, atol=1e-5)
     fasttx.unpatch(model)
     assert [c._attn_implementation for c in (config, config.encoder, config.decoder)] == before
@@ -339,6 +340,42 @@ def test_compile(case):
     for name, grad in expected.items():
         torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=1e-5)
     assert not any("scaled_dot_product" in target for target in seen)
+
+
+def test_compile_dynamic():
+    """No new graph for other lengths and sides of padding; with dropout, equal to eager's."""
+    torch._dynamo.reset()
+    model = roberta(num_hidden_layers=1, attention_probs_dropout_prob=0.2).train()
+    fasttx.patch(model, strict=True)
+    graphs, counts = [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    for padding, length in (("left", 11), ("right", 7), ("left", 9)):
+        given = batch("roberta", padding, length=length)
+        results = []
+        for m in (compiled, model):
+            torch.manual_seed(length)
+            results.append(gradients(m, given))
+        for name, grad in results[1].items():
+            torch.testing.assert_close(results[0]["_orig_mod." + name], grad, rtol=1e-4, atol=1e-5)
+        counts.append(len(graphs))
+    assert len(set(counts)) == 1
+
+
+def test_export():
+    model, given = bert("BertLMHeadModel", is_decoder=True), {**batch(padding="left")}
+    given["use_cache"] = False
+    fasttx.patch(model, strict=True)
+    with torch.no_grad():
+        expected = output(model, given)
+        program = torch.export.export(model, (), given)
+        torch.testing.assert_close(output(program.module(), given), expected)
+    ops = [str(node.target) for node in program.graph.nodes]
+    assert ops.count("fasttx.attention_fwd.default") == 2
 
 
 @pytest.mark.slow
