@@ -1,0 +1,54 @@
+"""What README.md shows is what happens."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fasttx import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text()
+
+
+def test_attention_example_runs():
+    example = next(
+        code for code in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if "q, k" in code
+    )
+    # The shapes shown are worth timing; here the same lines run small.
+    names = {}
+    exec(example.replace("(8, 12, 512, 64,", "(1, 12, 16, 64,"), names)
+    assert names["out"].shape == (1, 12, 16, 64)
+    assert names["q"].grad is not None
+
+
+def test_commands_run(capsys):
+    commands = [
+        shlex.split(line)[1:] for line in re.findall(r"^    (fasttx .*)$", TEXT, re.MULTILINE)
+    ]
+    assert {command[0] for command in commands} == {"info", "explain", "bench"}
+    for command in commands:
+        if command[0] == "bench":  # run by tests/benchmarks; here its options are known
+            options = [word for word in command if word.startswith("--")]
+            with pytest.raises(SystemExit) as stopped:
+                cli.main([*command[:2], "--help"])
+            text = capsys.readouterr().out
+            assert stopped.value.code == 0
+            assert [option for option in options if option not in text] == []
+        else:
+            with pytest.raises(SystemExit) as stopped:
+                cli.main(command)
+            assert stopped.value.code == 0
+
+
+def test_paths_exist():
+    for path in re.findall(r"^\| `([\w/.]+)` \|", TEXT, re.MULTILINE):
+        if not path.isupper():
+            assert (ROOT / path).exists(), path
+
+
+def test_variables_are_those_of_info():
+    table = TEXT.partition("## Environment variables")[2].partition("##")[0]
+    listed = set(re.findall(r"`([A-Z][A-Z_]+)`", table))
+    assert set(cli.ENVIRONMENT) <= listed
