@@ -3,43 +3,49 @@
 #pragma once
 #include <stdint.h>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace fasttx {
 
 #if defined(__x86_64__)
 
-// Chains are independent: more than latency x ports, fewer than registers.
-#define FASTTX_PEAK(name, isa, vector, chains, zero, step)                    \
-  __attribute__((target(isa), noinline)) static float name(int64_t rounds) {  \
-    vector sum[chains];                                                       \
-    _Pragma("GCC unroll 32") for (int i = 0; i < chains; i++) sum[i] = zero;  \
-    for (int64_t r = 0; r < rounds; r++) {                                    \
-      _Pragma("GCC unroll 32") for (int i = 0; i < chains; i++) {             \
-        step;                                                                 \
-        asm volatile("" : "+v"(sum[i]));                                      \
-      }                                                                       \
-    }                                                                         \
-    float total = 0;                                                          \
-    for (int i = 0; i < chains; i++) total += sum[i][0];                      \
-    return total;                                                             \
-  }
+// `chains` independent sums, more than latency x ports and fewer than registers. In assembly, so
+// that no compiler keeps them in memory. All zeros: speed does not depend on the values.
+#define FASTTX_PEAK_LOOP(zero, step, chains)                                                 \
+  asm volatile(                                                                              \
+      ".irp r," chains ",14,15\n\t" zero "\n\t.endr\n"                                       \
+      "1:\n\t.irp r," chains "\n\t" step "\n\t.endr\n\t"                                     \
+      "dec %0\n\tjnz 1b\n\tvzeroupper"                                                       \
+      : "+r"(rounds)                                                                         \
+      :                                                                                      \
+      : "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", \
+        "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15" FASTTX_PEAK_MORE)
 
-FASTTX_PEAK(peak_avx2, "avx2,fma", __m256, 12, _mm256_setzero_ps(),
-            sum[i] = _mm256_fmadd_ps(_mm256_set1_ps(0.5f), sum[i], _mm256_set1_ps(1.0f)))
-FASTTX_PEAK(peak_avx512, "avx512f", __m512, 24, _mm512_setzero_ps(),
-            sum[i] = _mm512_fmadd_ps(_mm512_set1_ps(0.5f), sum[i], _mm512_set1_ps(1.0f)))
-FASTTX_PEAK(peak_dpbf16, "avx512f,avx512bf16", __m512, 24, _mm512_setzero_ps(),
-            sum[i] = _mm512_dpbf16_ps(sum[i], (__m512bh)_mm512_set1_epi32(0x3c003c00),
-                                      (__m512bh)_mm512_set1_epi32(0x3c003c00)))
-#undef FASTTX_PEAK
+#define FASTTX_PEAK_MORE
+__attribute__((target("avx2,fma"), noinline)) inline void peak_avx2(int64_t rounds) {
+  FASTTX_PEAK_LOOP("vxorps %%ymm\\r, %%ymm\\r, %%ymm\\r", "vfmadd231ps %%ymm14, %%ymm15, %%ymm\\r",
+                   "0,1,2,3,4,5,6,7,8,9,10,11");
+}
+#undef FASTTX_PEAK_MORE
+
+#define FASTTX_PEAK_MORE                                                                     \
+  , "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25"
+#define FASTTX_PEAK_24 "0,1,2,3,4,5,6,7,8,9,10,11,12,13,16,17,18,19,20,21,22,23,24,25"
+__attribute__((target("avx512f"), noinline)) inline void peak_avx512(int64_t rounds) {
+  FASTTX_PEAK_LOOP("vpxord %%zmm\\r, %%zmm\\r, %%zmm\\r", "vfmadd231ps %%zmm14, %%zmm15, %%zmm\\r",
+                   FASTTX_PEAK_24);
+}
+__attribute__((target("avx512f"), noinline)) inline void peak_dpbf16(int64_t rounds) {
+  FASTTX_PEAK_LOOP("vpxord %%zmm\\r, %%zmm\\r, %%zmm\\r", "vdpbf16ps %%zmm14, %%zmm15, %%zmm\\r",
+                   FASTTX_PEAK_24);
+}
+#undef FASTTX_PEAK_24
+#undef FASTTX_PEAK_MORE
+#undef FASTTX_PEAK_LOOP
 
 // Runs `rounds` rounds and returns the floating-point operations done, 0 where the CPU has no such
 // instruction: vdpbf16ps for bf16, otherwise the widest fp32 multiply-add.
 inline double peak(bool bf16, int64_t rounds) {
   __builtin_cpu_init();
+  if (rounds < 1) return 0;
   if (bf16) {
     if (!__builtin_cpu_supports("avx512bf16")) return 0;
     peak_dpbf16(rounds);
