@@ -9,6 +9,7 @@ from .rows import Row, Run
 
 COLORS = {"fasttx": "#0b6bcb", "sdpa": "#d9730d", "eager": "#8a8a8a", "torch_compile": "#2a9d5c"}
 OTHER = "#9b59b6"
+BASES = {"op": "PyTorch SDPA", "model": "transformers with SDPA"}
 THEMES = {
     "light": {"ink": "#1c2024", "grid": "#d5d9de", "paper": "#ffffff"},
     "dark": {"ink": "#e6e8eb", "grid": "#3a4048", "paper": "#16191d"},
@@ -48,7 +49,7 @@ def _dress(axes, theme: str, grid: str) -> None:
     axes.set_axisbelow(True)
     for side in axes.spines.values():
         side.set_visible(False)
-    for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+    for text in (axes.xaxis.label, axes.yaxis.label):
         text.set_color(colors["ink"])
 
 
@@ -65,13 +66,16 @@ def ratio_plot(rows: list[Row], path: Path, theme: str = "light") -> Path:
     colors = THEMES[theme]
     figure, axes = plt.subplots(figsize=(9, 0.9 + 0.27 * len(rows)), layout="constrained")
     figure.set_facecolor(colors["paper"])
-    low = min(0.8, *(row.ratio_low for row in rows)) * 0.92
+    reached = [row.ratio_low for row in rows] + [row.ratio_best or 1.0 for row in rows]
+    low = min(0.8, *reached) * 0.92
     high = max(1.25, *(row.ratio_high for row in rows)) * 1.12
     axes.set_xscale("log")
     for i, row in enumerate(rows):
         color = COLORS["fasttx"] if row.ratio >= 1 else "#c62f3b"
         axes.barh(i, row.ratio - 1, left=1, height=0.66, color=color)
         axes.plot([row.ratio_low, row.ratio_high], [i, i], color=colors["ink"], linewidth=1.2)
+        if row.ratio_best is not None:
+            axes.plot(row.ratio_best, i, "D", color="#f2b705", markeredgecolor="#000", markersize=4)
         end = max(row.ratio_high, 1.0)
         axes.text(end * 1.02, i, f"{row.ratio:.2f}x", va="center", fontsize=8, color=colors["ink"])
     axes.axvline(1, color=colors["ink"], linewidth=1)
@@ -82,11 +86,9 @@ def ratio_plot(rows: list[Row], path: Path, theme: str = "light") -> Path:
     names = [f"{row.case}  {row.dtype} {row.direction}, {row.threads} thr." for row in rows]
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    base = rows[0].ratio_to
     more = f" ({left_out} rows more in the table)" if left_out else ""
-    axes.set_title(
-        f"How many times faster than {base} (left of 1: slower){more}", loc="left", fontsize=10
-    )
+    title = f"How many times faster than {BASES[rows[0].kind]}; diamond: than the best other{more}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=colors["ink"])
     _dress(axes, theme, "x")
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -107,7 +109,8 @@ def rate_plot(rows: list[Row], path: Path, theme: str = "light") -> Path:
     for axes, (direction, dtype) in zip(grid.flat, panels, strict=False):
         shown = [row for row in rows if (row.direction, row.dtype) == (direction, dtype)]
         _rate_panel(axes, shown, theme)
-        axes.set_title(f"{dtype} {direction}", loc="left", fontsize=10)
+        title = f"{dtype} {direction}"
+        axes.set_title(title, loc="left", fontsize=10, color=colors["ink"])
         _dress(axes, theme, "both")
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)

@@ -105,7 +105,8 @@ def _line(cells: list[tuple[str, str]]) -> Text:
 
 def table(rows: Iterable[Row], title: str = "", memory: bool = False) -> Text:
     """A block a group of providers timed against each other, a line a provider."""
-    lines = [_line([(name or title, "bold") for name, _ in COLUMNS])]
+    names = [title, *(name for name, _ in COLUMNS[1:])]
+    lines = [_line([(name, "bold") for name in names])]
     for _, group in groupby(rows, key=lambda row: row.group):
         members = list(group)
         head = members[0]
@@ -157,7 +158,8 @@ def losses(rows: Iterable[Row]) -> list[str]:
         if row.ok is False:
             found.append(f"WRONG  {where}: {row.why}")
         elif row.ratio_best is not None and row.ratio_best < 1:
-            found.append(f"slower {where}: {times(row.ratio_best)} of {row.best_other}")
+            word = "slower" if row.ratio_best_high < 1 else "equal within its interval"
+            found.append(f"{word} {where}: {times(row.ratio_best)} of {row.best_other}")
     return found
 
 

@@ -22,7 +22,7 @@ BASE = "sdpa"
 LABELS = {
     "fasttx": "transformers + fasttx.patch",
     "sdpa": "transformers, SDPA",
-    "eager": "transformers, eager attention",
+    "eager": "transformers, eager",
 }
 RANDOM = "a random BERT of the same size and random token ids"
 

@@ -105,7 +105,8 @@ def _row(**changes):
         "label": "fasttx", "dtype": "fp32", "device": "cpu", "threads": 1, "clock": "thread_cpu",
         "shape": {"queries": 8}, "median_s": 1.0, "low_s": 0.9, "high_s": 1.1, "samples": 9,
         "coverage": 0.96, "ok": True, "ratio": 0.5, "ratio_low": 0.4, "ratio_high": 0.6,
-        "ratio_best": 0.5, "best_other": "sdpa", "ratio_to": "sdpa", "rate": 1e9, "share": 0.5,
+        "ratio_best": 0.5, "ratio_best_high": 0.6,
+        "best_other": "sdpa", "ratio_to": "sdpa", "rate": 1e9, "share": 0.5,
     }  # fmt: skip
     return Row(**{**facts, **changes})
 
@@ -113,11 +114,10 @@ def _row(**changes):
 def test_losses_and_wrong_answers_are_told_in_words():
     run = Run("c", "now", {})
     run.rows = [_row(), _row(ratio_best=1.5), _row(ok=False, why="out: off", ratio_best=None)]
+    run.rows.append(_row(ratio_best=0.99, ratio_best_high=1.01))
     lines = report.losses(run.rows)
-    assert len(lines) == 2
-    assert lines[0].startswith("slower")
+    assert [line.split()[0] for line in lines] == ["slower", "WRONG", "equal"]
     assert "0.50x of sdpa" in lines[0]
-    assert lines[1].startswith("WRONG")
 
 
 def test_table_shows_interval_mark_and_ratio():
