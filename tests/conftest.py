@@ -2,7 +2,9 @@
 imported."""
 
 import os
+import sysconfig
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -24,6 +26,14 @@ def unusable(op: str, backend: str) -> str | None:
         if reasons
         else f"{op} has no {backend} kernel for CPU tensors"
     )
+
+
+def pytest_runtest_setup(item):
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    if item.get_closest_marker("headers") and not headers.is_file():
+        pytest.skip("Python.h is not installed (Debian: python3-dev)")
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
 
 
 @pytest.fixture(autouse=True)

@@ -104,6 +104,7 @@ def test_library_is_built_where_there_is_a_compiler(unloaded, setup_script):
     if reason := setup_script.why_not_native():
         pytest.skip(reason)
     assert native.unavailable() is None
+    assert BINDINGS.is_file() == ("fasttx._C" in [e.name for e in setup_script.extensions()])
     assert native.cpu_isa() == native.supported_levels()[-1]
 
 

@@ -110,7 +110,9 @@ def test_opcheck(name):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "engine", ["aot_eager", pytest.param("inductor", marks=pytest.mark.headers)]
+)
 def test_compile(engine, dynamic):
     torch._dynamo.reset()
     counters.clear()

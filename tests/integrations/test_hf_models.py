@@ -379,6 +379,7 @@ def test_export():
 
 
 @pytest.mark.slow
+@pytest.mark.headers
 def test_compile_by_inductor():
     torch._dynamo.reset()
     model, given = bert(num_hidden_layers=1), batch(padding="left")
