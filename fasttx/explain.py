@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .op import captured
+from .op import OPS, Needs, captured
 
 
 @dataclass(frozen=True)
@@ -61,3 +61,31 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
                 rows.append((each.name, kernel.backend, why, why is None and not found))
                 found = found or why is None
     return Explanation(tuple(rows))
+
+
+def support_table() -> str:
+    """Markdown: op, direction, device, backend, dtypes, from the data that picks kernels."""
+    lines = [
+        "| op | direction | device | backend | dtypes | limits |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for op in OPS.values():
+        direction = {"fwd": "forward", "bwd": "backward"}.get(op.name.rpartition("_")[2], op.name)
+        for device, table in op.tables.items():
+            for kernel in table:
+                row = (op.public, direction, device, kernel.backend, *_summary(kernel.needs))
+                lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def _summary(needs: Needs) -> tuple[str, str]:
+    dtypes = ", ".join(str(d).removeprefix("torch.") for d in needs.dtypes or ()) or "any floating"
+    limits = []
+    for key, (low, high) in needs.sizes.items():
+        name, _, dim = key.partition(".")
+        limits.append(f"{low} <= {name}.shape[{dim}] <= {high}")
+    limits += [f"no {name}" for name in needs.absent]
+    limits += [f"sm_{needs.sm}"] if needs.sm else []
+    limits += ["=".join(needs.env)] if needs.env else []
+    limits += ["by name"] if needs.by_name else []
+    return dtypes, "; ".join(limits)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fasttx import cli
+from fasttx.explain import support_table
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -52,3 +53,9 @@ def test_variables_are_those_of_info():
     table = TEXT.partition("## Environment variables")[2].partition("##")[0]
     listed = set(re.findall(r"`([A-Z][A-Z_]+)`", table))
     assert set(cli.ENVIRONMENT) <= listed
+
+
+def test_ops_table_is_generated():
+    """To refresh it: python tools/support_table.py"""
+    begin, end = "<!-- ops table -->\n", "\n<!-- end ops table -->"
+    assert TEXT.partition(begin)[2].partition(end)[0] == support_table()
