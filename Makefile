@@ -2,7 +2,7 @@
 PYTHON ?= python3
 # Test processes side by side; each holds its own torch (about 1 GB).
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
-PYTEST = $$(cat build/python) -m pytest -n $(WORKERS) --dist loadfile
+PYTEST = $$(cat build/python) -m pytest -n $(WORKERS) --dist worksteal
 ARGS ?=
 
 .PHONY: bench test test-full build wheel lint format clean
