@@ -3,14 +3,25 @@
 import importlib
 import importlib.abc
 import sys
+import warnings
 
 
 def after(module: str, then: str) -> None:
-    """Import `then` now if `module` is already imported, else as soon as it has been."""
+    """Import `then` now if `module` is already imported, else as soon as it has been.
+
+    If `then` cannot be imported a warning says why: `module` is not to suffer from it.
+    """
     if module in sys.modules and not _initializing(sys.modules[module]):
-        importlib.import_module(then)
+        _import(then, module)
     elif not any(isinstance(f, _Finder) and f.names == (module, then) for f in sys.meta_path):
         sys.meta_path.insert(0, _Finder(module, then))
+
+
+def _import(then: str, module: str) -> None:
+    try:
+        importlib.import_module(then)
+    except Exception as error:
+        warnings.warn(f"{then} does not work with {module}: {error}", RuntimeWarning, stacklevel=2)
 
 
 def _initializing(module) -> bool:
@@ -49,4 +60,4 @@ class _Loader(importlib.abc.Loader):
         self.loader.exec_module(module)
         if self.finder in sys.meta_path:
             sys.meta_path.remove(self.finder)
-        importlib.import_module(self.finder.names[1])
+        _import(self.finder.names[1], module.__name__)

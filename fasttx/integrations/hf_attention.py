@@ -12,10 +12,12 @@ What a module receives as its mask:
 """
 
 import functools
+import inspect
 import sys
 import warnings
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import masking_utils
 from transformers.masking_utils import AttentionMaskInterface
@@ -246,5 +248,7 @@ def _additive(mask: Tensor | None, alignment: str | bool, query: Tensor, key: Te
     return torch.where(mask, zero, torch.finfo(query.dtype).min)
 
 
+if "q_length" not in inspect.signature(masking_utils.sdpa_mask).parameters:
+    raise ImportError(f"fasttx needs transformers >= 5.4, found {transformers.__version__}")
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, attention_mask)

@@ -308,6 +308,9 @@ def test_after_an_import(tmp_path, monkeypatch):
     _on_import.after("fasttx_first", "fasttx_then")
     assert "fasttx_then" in sys.modules
     assert sys.meta_path == finders
+    (tmp_path / "fasttx_broken.py").write_text("raise ImportError('needs another version')\n")
+    with pytest.warns(RuntimeWarning, match="fasttx_broken does not work with fasttx_first: needs"):
+        _on_import.after("fasttx_first", "fasttx_broken")
 
 
 def test_gradients_after_unpatch_are_the_models_own():
