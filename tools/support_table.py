@@ -1,4 +1,4 @@
-"""Writes the table of ops into README.md, from the data that picks kernels: python tools/support_table.py"""
+"""Writes README.md's table of ops from the data that picks kernels: tools/support_table.py"""
 
 from pathlib import Path
 
