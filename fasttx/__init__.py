@@ -1,4 +1,5 @@
-"""fasttx: fused transformer kernels (Triton, C++ SIMD) behind PyTorch autograd, as ops and as a patch of existing models."""
+"""fasttx: fused transformer kernels (Triton, C++ SIMD) behind PyTorch autograd, as ops and as a
+patch of existing models."""
 
 from .explain import explain
 from .integrations.hf import patch, unpatch
