@@ -166,13 +166,50 @@ void clear_mask_gradient(const Backward& w, int64_t unit, int64_t part) {
   }
 }
 
+// The query head after head r of task i, also if it belongs to the next unit.
+Task following_task(const Backward& w, int64_t unit, int64_t i, int64_t r, int64_t part) {
+  if (++r == w.group()) {
+    r = 0;
+    if (++i == tasks_of_unit(w, unit)) {
+      i = 0;
+      if (++unit == w.units) return {};
+      part = unit % (w.units / w.unit_keys);
+    }
+  }
+  const TaskIndex index = task_index(w, unit, i);
+  return make_task(w, index.sequence, index.key_head * w.group() + r, part);
+}
+
+// What to prefetch while `task` runs: its outputs and the inputs of `next`.
+template <class U>
+Prefetch plan_prefetch(const Call& p, const Task& task, const Task& next) {
+  Prefetch f = {};
+  const auto add = [&](const Matrix& m, int64_t rows, int64_t columns) {
+    const int64_t size = element_size(m.dtype);
+    if (m.column == 1) f.add(m.data, m.row * size, rows, columns * size);
+  };
+  add(task.dk, (p.need & NEED_DK) ? task.T : 0, p.D);
+  add(task.dv, (p.need & NEED_DV) ? task.T : 0, p.Dv);
+  add(task.dq, (p.need & NEED_DQ) ? task.S : 0, p.D);
+  add(next.q, next.S, p.D);
+  add(next.dout, next.S, p.Dv);
+  add(next.out, next.S, p.Dv);
+  add(next.k, next.T, p.D);
+  add(next.v, next.T, p.Dv);
+  // Register tiles of the products of S, dP, dV and dK; those of dQ come on top.
+  const int64_t queries = (task.S + BLOCK_Q - 1) / BLOCK_Q, strips = (task.T + STRIP - 1) / STRIP;
+  const int64_t columns = (p.D + p.Dv) / (TILE_VECS * W);
+  f.plan(queries * strips * STRIP / TILE_ROWS * (2 * VECS / TILE_VECS + columns));
+  return f;
+}
+
 // One head after the other, on one thread.
 template <class U>
 bool run_unit(const Backward& w, int64_t unit) {
   const Call& p = w.call;
   const bool grouped = w.group() > 1;
   QuerySide<U> side;
-  KeySide<U> block;
+  KeySide<U> block = {};
   KeySums sums, part;
   float *dk, *dv;
   const int64_t keys = grouped ? round_up(w.longest_k, BLOCK_K<U>) : BLOCK_K<U>;
@@ -207,6 +244,7 @@ bool run_unit(const Backward& w, int64_t unit) {
       sums.clear_side();
       pack_biases(p, task, side);
       for (int64_t b = 0; b < side.blocks; b++) pack_query_block(p, task, side, block.rows, b);
+      block.prefetch = plan_prefetch<U>(p, task, following_task(w, unit, i, r, part_index));
       for (int64_t first = 0; first < task.T; first += BLOCK_K<U>) {
         float* dk_block = grouped ? dk + first * padded<U>(p.D) : dk;
         float* dv_block = grouped ? dv + first * padded<U>(p.Dv) : dv;
@@ -259,14 +297,14 @@ bool run_split(const Backward& w, int64_t workers, Arena shared) {
         sums.clear_side();
         pack_biases(p, task, side);
         parallel_items(side.blocks, workers, [&](int64_t, int64_t b) {
-          KeySide<U> block;
+          KeySide<U> block = {};
           if (block_of_worker(block)) pack_query_block(p, task, side, block.rows, b);
         });
         const int64_t blocks = (task.T + BLOCK_K<U> - 1) / BLOCK_K<U>;
         for (int64_t wave = 0; wave < blocks; wave += workers) {
           const int64_t n = min64(workers, blocks - wave);
           parallel_items(n, workers, [&](int64_t, int64_t j) {
-            KeySide<U> block;
+            KeySide<U> block = {};
             if (!block_of_worker(block)) return;
             const int64_t first = (wave + j) * BLOCK_K<U>;
             float *dk_block = dk + first * padded<U>(p.D), *dv_block = dv + first * padded<U>(p.Dv);

@@ -146,6 +146,7 @@ struct KeySide {
   float *careful_weights, *careful_ds;     // [BLOCK_K][BLOCK_Q] fp32
   int32_t* visible;                        // [BLOCK_K][BLOCK_Q]
   float *rows, *s, *dp, *keep, *mask, *caps, *key_sums;
+  Prefetch prefetch;
 
   void take(Arena& a, const Call& p) {
     const int64_t ldk = units_of<U>(p.D), ldv = units_of<U>(p.Dv), n = BLOCK_K<U>;
@@ -263,7 +264,7 @@ void strip(const Call& p, const Task& h, const QuerySide<U>& side, KeySide<U>& b
   const float *lse = side.lse + query, *delta = side.delta + query;
   float* s = block.s;
   strip_product<U>(s, block.keys + row * ldk, ldk, side.queries_t + query * ldk,
-                   (p.D + U::PER_UNIT - 1) / U::PER_UNIT);
+                   (p.D + U::PER_UNIT - 1) / U::PER_UNIT, block.prefetch);
 
   const bool mask = h.mask.data && h.mask.row != 0;
   StripBias bias = {};
@@ -304,7 +305,7 @@ void strip(const Call& p, const Task& h, const QuerySide<U>& side, KeySide<U>& b
   if (!(p.need & ~NEED_DV)) return;
 
   strip_product<U>(block.dp, block.values + row * ldv, ldv, side.douts_t + query * ldv,
-                   (p.Dv + U::PER_UNIT - 1) / U::PER_UNIT);
+                   (p.Dv + U::PER_UNIT - 1) / U::PER_UNIT, block.prefetch);
   float* by_query = block.ds + row * BLOCK_Q / U::PER_UNIT;
 #if defined(__AVX512BF16__)
   float* by_key = block.ds_pairs + row * BLOCK_Q / 2;
@@ -386,13 +387,14 @@ void key_block(const Call& p, const Task& h, const QuerySide<U>& side, KeySide<U
     } else {
       if (p.need & NEED_DV)
         add_keys<U>(dv + from * value_columns, value_columns, block.weights + at / U::PER_UNIT, douts, keys,
-                    value_vecs, fresh);
+                    value_vecs, fresh, block.prefetch);
       if (p.need & NEED_DK)
-        add_keys<U>(dk + from * columns, columns, block.ds + at / U::PER_UNIT, queries, keys, vecs, fresh);
+        add_keys<U>(dk + from * columns, columns, block.ds + at / U::PER_UNIT, queries, keys, vecs, fresh,
+                    block.prefetch);
       if (p.need & NEED_DQ)
         add_queries<U>(sums.dq + query * columns, block.ds_pairs + at / U::PER_UNIT,
                        block.key_pairs + from * ldk, columns, keys, round_up(p.D, TILE_ROWS),
-                       !sums.touched[b]);
+                       !sums.touched[b], block.prefetch);
     }
     fresh = false;
     if (sums.touched) sums.touched[b] = 1;

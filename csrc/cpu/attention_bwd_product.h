@@ -38,6 +38,41 @@ constexpr int BLOCK_Q = 64, STRIP = 16;
 constexpr int VECS = BLOCK_Q / W;
 constexpr int TILE_ROWS = 4, TILE_VECS = W == 16 ? 4 : 2;
 
+// Brings rows of the next small head into the cache, a few lines a register tile.
+struct Prefetch {
+  // Heads of more lines than this leave the second level cache before they are used.
+  static constexpr int64_t MOST_LINES = 6144;
+  struct Rows {
+    const char* data;
+    int64_t stride, rows, bytes;
+  };
+  Rows list[8];
+  int count, current;
+  int64_t row, at, lines, lines_a_tile;
+
+  void add(const char* data, int64_t stride, int64_t rows, int64_t bytes) {
+    if (!data || rows == 0 || bytes == 0) return;
+    list[count++] = {data, stride, rows, bytes};
+    lines += rows * ((bytes + 63) / 64);
+  }
+  void plan(int64_t tiles) {
+    if (lines > MOST_LINES) count = 0;
+    lines_a_tile = (lines + tiles - 1) / tiles;
+  }
+  FASTTX_INLINE void tile() {
+    for (int64_t n = 0; current < count && n < lines_a_tile; n++) {
+      const Rows& m = list[current];
+      __builtin_prefetch(m.data + row * m.stride + at, 0, 2);
+      at += 64;
+      if (at < m.bytes) continue;
+      at = 0;
+      if (++row < m.rows) continue;
+      row = 0;
+      current++;
+    }
+  }
+};
+
 template <class U, int R, int V>
 FASTTX_INLINE void product(vf (&c)[R][V], const float* a, int64_t row, int64_t step, const float* b,
                            int64_t width, int64_t units) {
@@ -82,10 +117,11 @@ FASTTX_INLINE void put(const vf (&c)[R][V], float* out, int64_t ld, bool overwri
 // UNITS > 0 is a compile-time number of units.
 template <class U, int UNITS>
 FASTTX_INLINE void strip_product_n(float* s, const float* keys, int64_t ld, const float* queries,
-                                   int64_t units) {
+                                   int64_t units, Prefetch& prefetch) {
   if (UNITS > 0) units = UNITS;
   for (int v = 0; v < VECS; v += TILE_VECS)
     for (int r = 0; r < STRIP; r += TILE_ROWS) {
+      prefetch.tile();
       vf c[TILE_ROWS][TILE_VECS];
       product<U>(c, keys + r * ld, ld, 1, queries + v * W, BLOCK_Q, units);
       put(c, s + r * BLOCK_Q + v * W, BLOCK_Q, true);
@@ -93,13 +129,14 @@ FASTTX_INLINE void strip_product_n(float* s, const float* keys, int64_t ld, cons
 }
 template <class U>
 __attribute__((noinline)) void strip_product(float* s, const float* keys, int64_t ld,
-                                             const float* queries, int64_t units) {
+                                             const float* queries, int64_t units,
+                                             Prefetch& prefetch) {
   if (units == 64 / U::PER_UNIT && ld == units)
-    strip_product_n<U, 64 / U::PER_UNIT>(s, keys, 64 / U::PER_UNIT, queries, units);
+    strip_product_n<U, 64 / U::PER_UNIT>(s, keys, 64 / U::PER_UNIT, queries, units, prefetch);
   else if (units == 128 / U::PER_UNIT && ld == units)
-    strip_product_n<U, 128 / U::PER_UNIT>(s, keys, 128 / U::PER_UNIT, queries, units);
+    strip_product_n<U, 128 / U::PER_UNIT>(s, keys, 128 / U::PER_UNIT, queries, units, prefetch);
   else
-    strip_product_n<U, 0>(s, keys, ld, queries, units);
+    strip_product_n<U, 0>(s, keys, ld, queries, units, prefetch);
 }
 
 // out [keys][ld] (+)= weights [keys][BLOCK_Q] x rows [BLOCK_Q][ld], its first `vecs` vectors; keys is
@@ -107,11 +144,12 @@ __attribute__((noinline)) void strip_product(float* s, const float* keys, int64_
 template <class U>
 __attribute__((noinline)) void add_keys(float* out, int64_t ld, const float* weights,
                                         const float* rows, int64_t keys, int64_t vecs,
-                                        bool overwrite) {
+                                        bool overwrite, Prefetch& prefetch) {
   constexpr int UNITS = BLOCK_Q / U::PER_UNIT;
   int64_t v = 0;
   for (; v + TILE_VECS <= vecs; v += TILE_VECS)
     for (int64_t r = 0; r < keys; r += TILE_ROWS) {
+      prefetch.tile();
       vf c[TILE_ROWS][TILE_VECS];
       product<U>(c, weights + r * UNITS, UNITS, 1, rows + v * W, ld, UNITS);
       put(c, out + r * ld + v * W, ld, overwrite);
@@ -128,9 +166,11 @@ __attribute__((noinline)) void add_keys(float* out, int64_t ld, const float* wei
 // multiples of TILE_ROWS and STRIP.
 template <class U>
 __attribute__((noinline)) void add_queries(float* out, const float* weights, const float* rows,
-                                           int64_t ld, int64_t keys, int64_t dims, bool overwrite) {
+                                           int64_t ld, int64_t keys, int64_t dims, bool overwrite,
+                                           Prefetch& prefetch) {
   for (int v = 0; v < VECS; v += TILE_VECS)
     for (int64_t d = 0; d < dims; d += TILE_ROWS) {
+      prefetch.tile();
       vf c[TILE_ROWS][TILE_VECS];
       product<U>(c, rows + d, 1, ld, weights + v * W, BLOCK_Q, keys / U::PER_UNIT);
       put(c, out + d * BLOCK_Q + v * W, BLOCK_Q, overwrite);
