@@ -12,12 +12,11 @@ import triton
 import triton.language as tl
 
 from .common import (
-    CAREFUL_ROWS,
     LN2,
-    any_block,
     any_nonfinite,
     bias_place,
     block_ranges,
+    careful_start,
     dropout_keep,
     dropout_place,
     edge_block,
@@ -41,15 +40,17 @@ from .plan import Plan
 
 
 @triton.jit
-def _fwd_step(acc, total, peak, q, keys, values, block, first, shape, scale, cap, mask, bias, far,
+def _fwd_step(acc, total, peak, q, keys, values, start, first, shape, scale, cap, mask, bias, far,
               dropout, k_stride, v_stride, F: tl.constexpr, EDGE: tl.constexpr,
-              CAREFUL: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """One step of the online softmax: the sums of ROWS rows over one more block of keys."""
+              SAFE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """One step of the online softmax: the sums of ROWS rows over COLUMNS more keys.
+
+    SAFE leaves out NaN and Inf of values.
+    """
     T = shape[1]
-    start = block * F.BLOCK_N
     i = first + tl.arange(0, ROWS)
-    j = start + tl.arange(0, F.BLOCK_N)
-    k = load_rows(keys, start, T, k_stride, F.D, F.BLOCK_N, F.BLOCK_D, EDGE, F)
+    j = start + tl.arange(0, COLUMNS)
+    k = load_rows(keys, start, T, k_stride, F.D, COLUMNS, F.BLOCK_D, EDGE, F)
     product = tl.dot(q, tl.trans(k), input_precision=F.PRECISION)
     PLAIN: tl.constexpr = (
         F.POSITIVE_SCALE and F.BIAS == "none" and F.MASK == "none" and not F.SOFTCAP and not EDGE
@@ -57,7 +58,7 @@ def _fwd_step(acc, total, peak, q, keys, values, block, first, shape, scale, cap
     if PLAIN:
         new_peak = tl.maximum(peak, tl.max(product, 1) * scale)
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        p = tl.exp2(product * scale - shift[:, None])
+        p = exponential(product * scale - shift[:, None], F)
     else:
         x, _, _ = tile_logits(
             product, i[:, None], j[None, :], shape, scale, cap, mask, bias, far, F, EDGE
@@ -69,9 +70,9 @@ def _fwd_step(acc, total, peak, q, keys, values, block, first, shape, scale, cap
     total = total * decay + tl.sum(p, 1)
     acc = acc * decay[:, None]
     if F.DROPOUT:
-        p = tl.where(dropout_keep(first, start, dropout, ROWS, F.BLOCK_N), p, 0.0)
-    v = load_rows(values, start, T, v_stride, F.DV, F.BLOCK_N, F.BLOCK_DV, EDGE, F)
-    if CAREFUL:
+        p = tl.where(dropout_keep(first, start, dropout, ROWS, COLUMNS), p, 0.0)
+    v = load_rows(values, start, T, v_stride, F.DV, COLUMNS, F.BLOCK_DV, EDGE, F)
+    if SAFE:
         v = zero_nonfinite(v)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=F.PRECISION)
     return acc, total, new_peak
@@ -86,7 +87,7 @@ def _fwd_store(out, lse, out_stride, acc, total, peak, first, rows, keep_scale, 
         inverse = inverse * keep_scale
     store_rows(out, first, rows, out_stride, acc * inverse[:, None], F.DV, ROWS, F.BLOCK_DV, F)
     log_total = tl.log2(tl.where(empty, 1.0, total))
-    if F.MASK == "float":
+    if F.NATURAL:
         log_sum = peak + log_total * LN2
     else:
         log_sum = (peak + log_total) * LN2
@@ -98,30 +99,27 @@ def _fwd_store(out, lse, out_stride, acc, total, peak, first, rows, keep_scale, 
 def _fwd_careful(out, lse, out_stride, queries, q_stride, keys, values, k_stride, v_stride, first,
                  ranges, shape, scale, cap, mask, bias, dropout, keep_scale,
                  F: tl.constexpr):  # fmt: skip
-    """CAREFUL_ROWS rows again, with NaN and Inf of values brought only to rows that see them.
-
-    Few rows at a time, so that this rare path does not set the kernel's register count.
-    """
-    ROWS: tl.constexpr = CAREFUL_ROWS
+    """F.CAREFUL rows again, with NaN and Inf of values brought only to rows that see them."""
+    ROWS: tl.constexpr = F.CAREFUL
+    COLUMNS: tl.constexpr = F.CAREFUL_N
     BLOCK_DV: tl.constexpr = F.BLOCK_DV
     rows = shape[0]
     q = load_rows(queries, first, rows, q_stride, F.D, ROWS, F.BLOCK_D, True, F)
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
-    blocks = ranges[5] - ranges[0]
-    for index in tl.range(0, blocks, num_stages=1):
+    pieces = (ranges[5] - ranges[0]) * (F.BLOCK_N // COLUMNS)
+    for index in tl.range(0, pieces, num_stages=1):
+        start = careful_start(index, ranges, F.BLOCK_N, COLUMNS)
         acc, total, peak = _fwd_step(
-            acc, total, peak, q, keys, values, any_block(index, ranges), first, shape, scale, cap,
-            mask, bias, 0.0, dropout, k_stride, v_stride, F, True, True, ROWS)  # fmt: skip
+            acc, total, peak, q, keys, values, start, first, shape, scale, cap, mask, bias, 0.0,
+            dropout, k_stride, v_stride, F, True, True, ROWS, COLUMNS)  # fmt: skip
     i = first + tl.arange(0, ROWS)
-    for index in tl.range(0, blocks, num_stages=1):
-        start = any_block(index, ranges) * F.BLOCK_N
-        j = start + tl.arange(0, F.BLOCK_N)
-        visible, _ = tile_visible(i[:, None], j[None, :], shape, mask, F, True)
-        v = load_rows(
-            values, start, shape[1], v_stride, F.DV, F.BLOCK_N, F.BLOCK_DV, True, F
-        )
+    for index in tl.range(0, pieces, num_stages=1):
+        start = careful_start(index, ranges, F.BLOCK_N, COLUMNS)
+        j = start + tl.arange(0, COLUMNS)
+        visible, added = tile_visible(i[:, None], j[None, :], shape, mask, F, True)
+        v = load_rows(values, start, shape[1], v_stride, F.DV, COLUMNS, F.BLOCK_DV, True, F)
         acc += nonfinite_reaching(visible, v, F)
     _fwd_store(out, lse, out_stride, acc, total, peak, first, rows, keep_scale, F, ROWS)
 
@@ -189,15 +187,15 @@ def attention_fwd_kernel(
         block = full_block(index, ranges)
         far = tl.where(block < ranges[2], far_lo, far_hi)
         acc, total, peak = _fwd_step(
-            acc, total, peak, q_rows, k_base, v_base, block, first, shape, scale, cap, masking,
+            acc, total, peak, q_rows, k_base, v_base, block * F.BLOCK_N, first, shape, scale, cap, masking,
             bias, far, dropout, kv_strides[0], kv_strides[1], F, False, False,
-            BLOCK_M)  # fmt: skip
+            BLOCK_M, F.BLOCK_N)  # fmt: skip
     if F.EDGE:
         for index in range(0, edge_count(ranges)):
             acc, total, peak = _fwd_step(
-                acc, total, peak, q_rows, k_base, v_base, edge_block(index, ranges), first, shape,
+                acc, total, peak, q_rows, k_base, v_base, edge_block(index, ranges) * F.BLOCK_N, first, shape,
                 scale, cap, masking, bias, 0.0, dropout, kv_strides[0], kv_strides[1], F, True,
-                False, BLOCK_M)  # fmt: skip
+                False, BLOCK_M, F.BLOCK_N)  # fmt: skip
     out_base = head_base(out, out_stride, memory, head, row0)
     lse_base = lse + (memory * heads + head) * S + row0
     out_strides = (out_stride[2], out_stride[3])
@@ -205,7 +203,7 @@ def attention_fwd_kernel(
     if F.HIDES:
         poisoned = any_nonfinite(acc)
     if poisoned:
-        for piece in range(0, BLOCK_M, CAREFUL_ROWS):
+        for piece in range(0, BLOCK_M, F.CAREFUL):
             _fwd_careful(
                 out_base, lse_base, out_strides, q_base, (q_stride[2], q_stride[3]), k_base, v_base,
                 kv_strides[0], kv_strides[1], first + piece, ranges, shape, scale, cap, masking,

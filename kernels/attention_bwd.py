@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 
 from .common import (
-    CAREFUL_ROWS,
     LOG2E,
     any_block,
     any_nonfinite,
     bias_place,
     block_ranges,
+    careful_start,
     dropout_keep,
     dropout_place,
     edge_block,
@@ -47,7 +47,8 @@ _PLAIN_INTEGERS = [
     "heads", "group", "S", "T", "sequences", "tiles", "pairs", "section", "left", "right",
     "bias_shift", "reach", "threshold", "first_bucket", "column_tiles", "batch_sum", "head_sum",
 ]  # fmt: skip
-# lse rounds to its own magnitude; past this one a float mask's rows get their sums computed anew.
+# lse rounds to its own magnitude. In fp32, and beyond this magnitude under a float mask (where a
+# row may hold one huge number), rows get their sums computed anew, as two numbers.
 _LSE_TRUSTED = tl.constexpr(256.0)
 
 
@@ -55,16 +56,15 @@ _LSE_TRUSTED = tl.constexpr(256.0)
 def _row_statistics(shift, log_total, i, rows, F: tl.constexpr):
     """Per row what p = exp(x - shift) / 2^log_total needs, +inf for rows outside."""
     peak = tl.load(shift + i, mask=i < rows, other=float("inf"))
-    if F.MASK == "float":
+    if F.NATURAL:
         return peak, tl.load(log_total + i, mask=i < rows, other=0.0)
     else:
-        peak = peak * LOG2E
-        return tl.where(peak == float("-inf"), float("inf"), peak), peak
+        return tl.where(peak == float("-inf"), float("inf"), peak * LOG2E), peak
 
 
 @triton.jit
 def _probability(x, peak, log_total, F: tl.constexpr):
-    if F.MASK == "float":
+    if F.NATURAL:
         return tl.exp2((x - peak) * LOG2E - log_total)
     else:
         return tl.exp2(x - peak)
@@ -91,11 +91,11 @@ def _bucket_sums(sums, distance, lut, reach, first_bucket, BUCKETS: tl.constexpr
 
 
 @triton.jit
-def _rows_step(acc, row_sum, low_sum, high_sum, buckets, q, dout, peak, log_total, delta, keys, values, block, first,
+def _rows_step(acc, row_sum, low_sum, high_sum, buckets, q, dout, peak, log_total, delta, keys, values, start, first,
                shape, scale, cap, mask, bias, far_lo, far_hi, is_low, dropout, keep_scale, k_stride,
-               v_stride, lut, first_bucket, F: tl.constexpr, EDGE: tl.constexpr, CAREFUL: tl.constexpr,
-               ROWS: tl.constexpr):  # fmt: skip
-    """dq of ROWS rows, and the sums of ds asked for, over one more block of keys.
+               v_stride, lut, first_bucket, F: tl.constexpr, EDGE: tl.constexpr, SAFE: tl.constexpr,
+               ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """dq of ROWS rows, and the sums of ds asked for, over COLUMNS more keys.
 
     Where the table is constant over a block, ds goes by rows to its low or its high end.
     """
@@ -103,25 +103,24 @@ def _rows_step(acc, row_sum, low_sum, high_sum, buckets, q, dout, peak, log_tota
     far = 0.0
     if not EDGE:
         far = tl.where(is_low, far_lo, far_hi)
-    start = block * F.BLOCK_N
     i = first + tl.arange(0, ROWS)
-    j = start + tl.arange(0, F.BLOCK_N)
-    k = load_rows(keys, start, T, k_stride, F.D, F.BLOCK_N, F.BLOCK_D, EDGE, F)
+    j = start + tl.arange(0, COLUMNS)
+    k = load_rows(keys, start, T, k_stride, F.D, COLUMNS, F.BLOCK_D, EDGE, F)
     product = tl.dot(q, tl.trans(k), input_precision=F.PRECISION)
     x, visible, bent = tile_logits(
         product, i[:, None], j[None, :], shape, scale, cap, mask, bias, far, F, EDGE
     )
     p = _probability(x, peak[:, None], log_total[:, None], F)
-    v = load_rows(values, start, T, v_stride, F.DV, F.BLOCK_N, F.BLOCK_DV, EDGE, F)
+    v = load_rows(values, start, T, v_stride, F.DV, COLUMNS, F.BLOCK_DV, EDGE, F)
     dp = tl.dot(dout, tl.trans(v), input_precision=F.PRECISION)
     if F.DROPOUT:
-        keep = dropout_keep(first, start, dropout, ROWS, F.BLOCK_N)
+        keep = dropout_keep(first, start, dropout, ROWS, COLUMNS)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     ds = p * (dp - delta[:, None])
     HIDES: tl.constexpr = EDGE or F.MASK != "none"
     if HIDES:
         ds = tl.where(visible, ds, 0.0)
-    if not CAREFUL:
+    if not SAFE:
         if F.ROW_SUMS:
             row_sum += tl.sum(ds, 1)
         if F.BUCKETS > 0 and not EDGE:
@@ -140,7 +139,7 @@ def _rows_step(acc, row_sum, low_sum, high_sum, buckets, q, dout, peak, log_tota
             ds = ds * (1.0 - bent * bent)
             if HIDES:
                 ds = tl.where(visible, ds, 0.0)
-        if CAREFUL:
+        if SAFE:
             k = zero_nonfinite(k)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=F.PRECISION)
     return acc, row_sum, low_sum, high_sum, buckets
@@ -173,11 +172,12 @@ def _rows_statistics_anew(q, keys, k_stride, first, ranges, shape, scale, cap, m
 def _rows_careful(dq, dq_stride, queries, q_stride, douts, dout_stride, peaks, log_totals, deltas,
                   keys, values, k_stride, v_stride, first, ranges, shape, scale, cap, mask, bias,
                   dropout, keep_scale, lut, grad_scale, F: tl.constexpr):  # fmt: skip
-    """dq of CAREFUL_ROWS rows again, with NaN and Inf of keys kept out of the product.
+    """dq of F.CAREFUL rows again, with NaN and Inf of keys kept out of the product.
 
     A visible key with NaN has made ds NaN already.
     """
-    ROWS: tl.constexpr = CAREFUL_ROWS
+    ROWS: tl.constexpr = F.CAREFUL
+    COLUMNS: tl.constexpr = F.CAREFUL_N
     BLOCK_D: tl.constexpr = F.BLOCK_D
     rows = shape[0]
     i = first + tl.arange(0, ROWS)
@@ -186,11 +186,13 @@ def _rows_careful(dq, dq_stride, queries, q_stride, douts, dout_stride, peaks, l
     peak, log_total = _row_statistics(peaks, log_totals, i, rows, F)
     delta = tl.load(deltas + i, mask=i < rows, other=0.0)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for index in tl.range(0, ranges[5] - ranges[0], num_stages=1):
+    pieces = (ranges[5] - ranges[0]) * (F.BLOCK_N // COLUMNS)
+    for index in tl.range(0, pieces, num_stages=1):
+        start = careful_start(index, ranges, F.BLOCK_N, COLUMNS)
         acc, _, _, _, _ = _rows_step(
-            acc, 0.0, 0.0, 0.0, 0.0, q, dout, peak, log_total, delta, keys, values,
-            any_block(index, ranges), first, shape, scale, cap, mask, bias, 0.0, 0.0, True, dropout,
-            keep_scale, k_stride, v_stride, lut, 0, F, True, True, ROWS)  # fmt: skip
+            acc, 0.0, 0.0, 0.0, 0.0, q, dout, peak, log_total, delta, keys, values, start, first,
+            shape, scale, cap, mask, bias, 0.0, 0.0, True, dropout, keep_scale, k_stride, v_stride,
+            lut, 0, F, True, True, ROWS, COLUMNS)  # fmt: skip
     store_rows(dq, first, rows, dq_stride, acc * grad_scale, F.D, ROWS, F.BLOCK_D, F)
 
 
@@ -207,8 +209,8 @@ def attention_bwd_rows_kernel(
 ):  # fmt: skip
     """One program: BLOCK_M rows of one head against all their keys.
 
-    Writes delta [B, H, S] and, with a float mask, shift and log_total [B, H, S] for the other
-    kernels (else both are lse, and log_total is not used).
+    Writes delta [B, H, S] and, with NATURAL, shift and log_total [B, H, S] for the other kernels
+    (else both are lse, and log_total is not used).
     """
     BLOCK_M: tl.constexpr = F.BLOCK_M
     BLOCK_D: tl.constexpr = F.BLOCK_D
@@ -264,10 +266,12 @@ def attention_bwd_rows_kernel(
     q_strides = (q_stride[2], q_stride[3])
     q_rows = load_rows(q_base, first, rows, q_strides, F.D, F.BLOCK_M, F.BLOCK_D, True, F)
 
-    if F.MASK == "float":
+    if F.NATURAL:
         peak = tl.load(lse + at + i, mask=i < rows, other=float("-inf"))
         log_sum = tl.zeros([BLOCK_M], tl.float32)
-        unsure = (tl.abs(peak) > _LSE_TRUSTED) & (tl.abs(peak) < float("inf"))
+        unsure = tl.abs(peak) < float("inf")
+        if q.dtype.element_ty != tl.float32:
+            unsure = unsure & (tl.abs(peak) > _LSE_TRUSTED)
         if tl.max(tl.where(unsure, 1, 0), 0) > 0:
             peak, log_sum = _rows_statistics_anew(
                 q_rows, k_base, k_strides, first, ranges, shape, scale, cap, masking, bias, F
@@ -289,16 +293,16 @@ def attention_bwd_rows_kernel(
             block = full_block(index, ranges)
             acc, row_sum, low_sum, high_sum, buckets = _rows_step(
                 acc, row_sum, low_sum, high_sum, buckets, q_rows, dout_rows, peak, log_sum,
-                delta_rows, k_base, v_base, block, first, shape, scale, cap, masking, bias, far_lo,
+                delta_rows, k_base, v_base, block * F.BLOCK_N, first, shape, scale, cap, masking, bias, far_lo,
                 far_hi, block < ranges[2], dropout, keep_scale, k_strides, v_strides, lut,
-                first_bucket, F, False, False, BLOCK_M)  # fmt: skip
+                first_bucket, F, False, False, BLOCK_M, F.BLOCK_N)  # fmt: skip
         if F.EDGE:
             for index in range(0, edge_count(ranges)):
                 acc, row_sum, low_sum, high_sum, buckets = _rows_step(
                     acc, row_sum, low_sum, high_sum, buckets, q_rows, dout_rows, peak, log_sum,
-                    delta_rows, k_base, v_base, edge_block(index, ranges), first, shape, scale, cap,
-                    masking, bias, 0.0, 0.0, True, dropout, keep_scale, k_strides, v_strides, lut,
-                    first_bucket, F, True, False, BLOCK_M)  # fmt: skip
+                    delta_rows, k_base, v_base, edge_block(index, ranges) * F.BLOCK_N, first, shape,
+                    scale, cap, masking, bias, 0.0, 0.0, True, dropout, keep_scale, k_strides, v_strides, lut,
+                    first_bucket, F, True, False, BLOCK_M, F.BLOCK_N)  # fmt: skip
         if F.ROW_SUMS:
             tl.store(row_sums + at + i, row_sum, mask=i < rows)
         if F.BUCKETS > 0:
@@ -315,7 +319,7 @@ def attention_bwd_rows_kernel(
             if F.HIDES:
                 poisoned = any_nonfinite(acc)
             if poisoned:
-                for piece in range(0, BLOCK_M, CAREFUL_ROWS):
+                for piece in range(0, BLOCK_M, F.CAREFUL):
                     _rows_careful(
                         dq_base, dq_strides, q_base, q_strides, dout_base, dout_strides,
                         shift + at, log_total + at, delta + at, k_base, v_base, k_strides,
@@ -328,16 +332,15 @@ def attention_bwd_rows_kernel(
 
 
 @triton.jit
-def _columns_step(dk, dv, column_sum, k, v, queries, douts, peaks, log_totals, deltas, block, first,
+def _columns_step(dk, dv, column_sum, k, v, queries, douts, peaks, log_totals, deltas, start, first,
                   shape, scale, cap, mask, bias, far, dropout, keep_scale, q_stride, dout_stride,
-                  F: tl.constexpr, EDGE: tl.constexpr, CAREFUL: tl.constexpr,
-                  COLUMNS: tl.constexpr):  # fmt: skip
-    """dk and dv of COLUMNS keys over one more block of rows; tiles are [keys, rows]."""
+                  F: tl.constexpr, EDGE: tl.constexpr, SAFE: tl.constexpr,
+                  COLUMNS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """dk and dv of COLUMNS keys over ROWS more rows; tiles are [keys, rows]."""
     S = shape[0]
-    start = block * F.BLOCK_M
-    i = start + tl.arange(0, F.BLOCK_M)
+    i = start + tl.arange(0, ROWS)
     j = first + tl.arange(0, COLUMNS)
-    q = load_rows(queries, start, S, q_stride, F.D, F.BLOCK_M, F.BLOCK_D, EDGE, F)
+    q = load_rows(queries, start, S, q_stride, F.D, ROWS, F.BLOCK_D, EDGE, F)
     product = tl.dot(k, tl.trans(q), input_precision=F.PRECISION)
     x, visible, bent = tile_logits(
         product, i[None, :], j[:, None], shape, scale, cap, mask, bias, far, F, EDGE
@@ -347,16 +350,16 @@ def _columns_step(dk, dv, column_sum, k, v, queries, douts, peaks, log_totals, d
     HIDES: tl.constexpr = EDGE or F.MASK != "none"
     if HIDES:
         p = tl.where(visible, p, 0.0)
-    dout = load_rows(douts, start, S, dout_stride, F.DV, F.BLOCK_M, F.BLOCK_DV, EDGE, F)
+    dout = load_rows(douts, start, S, dout_stride, F.DV, ROWS, F.BLOCK_DV, EDGE, F)
     if F.DROPOUT:
-        keep = dropout_keep(start, first, dropout, F.BLOCK_M, COLUMNS)
+        keep = dropout_keep(start, first, dropout, ROWS, COLUMNS)
         keep = tl.trans(keep.to(tl.int8)) != 0
     if F.WRITE_DV:
         dropped = p
         if F.DROPOUT:
             dropped = tl.where(keep, p * keep_scale, 0.0)
         seen = dout
-        if CAREFUL:
+        if SAFE:
             seen = zero_nonfinite(dout)
         dv = tl.dot(dropped.to(seen.dtype), seen, dv, input_precision=F.PRECISION)
     if F.WRITE_DK or F.COLUMN_SUMS:
@@ -367,14 +370,14 @@ def _columns_step(dk, dv, column_sum, k, v, queries, douts, peaks, log_totals, d
         ds = p * (dp - delta[None, :])
         if HIDES:
             ds = tl.where(visible, ds, 0.0)
-        if F.COLUMN_SUMS and not CAREFUL:
+        if F.COLUMN_SUMS and not SAFE:
             column_sum += tl.sum(ds, 1)
         if F.WRITE_DK:
             if F.SOFTCAP:
                 ds = ds * (1.0 - bent * bent)
                 if HIDES:
                     ds = tl.where(visible, ds, 0.0)
-            if CAREFUL:
+            if SAFE:
                 q = zero_nonfinite(q)
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=F.PRECISION)
     return dk, dv, column_sum
@@ -410,8 +413,9 @@ def _columns_careful(dk, dv, dk_stride, dv_stride, k_base, v_base, k_stride, v_s
                      reach, seed, threshold, batch, memory, kv_head, heads, group, S, row0, first,
                      ranges, shape, scale, cap, keep_scale, grad_scale,
                      F: tl.constexpr):  # fmt: skip
-    """dk and dv of CAREFUL_ROWS keys again: NaN and Inf of dout reach only keys its row sees."""
-    COLUMNS: tl.constexpr = CAREFUL_ROWS
+    """dk and dv of F.CAREFUL keys again: NaN and Inf of dout reach only keys its row sees."""
+    COLUMNS: tl.constexpr = F.CAREFUL
+    ROWS: tl.constexpr = F.CAREFUL_M
     BLOCK_D: tl.constexpr = F.BLOCK_D
     BLOCK_DV: tl.constexpr = F.BLOCK_DV
     rows, keys, offset, left, right = shape
@@ -421,7 +425,7 @@ def _columns_careful(dk, dv, dk_stride, dv_stride, k_base, v_base, k_stride, v_s
     acc_v = tl.zeros([COLUMNS, BLOCK_DV], tl.float32)
     unsummed = tl.zeros([COLUMNS], tl.float32)
     j = first + tl.arange(0, COLUMNS)
-    blocks = ranges[5] - ranges[0]
+    pieces = (ranges[5] - ranges[0]) * (F.BLOCK_M // ROWS)
     q_strides = (q_stride[2], q_stride[3])
     dout_strides = (dout_stride[2], dout_stride[3])
     for member in range(0, group):
@@ -432,18 +436,19 @@ def _columns_careful(dk, dv, dk_stride, dv_stride, k_base, v_base, k_stride, v_s
             reach, seed, threshold, F)  # fmt: skip
         queries = head_base(q, q_stride, memory, head, row0)
         douts = head_base(dout, dout_stride, memory, head, row0)
-        for index in tl.range(0, blocks, num_stages=1):
+        for index in tl.range(0, pieces, num_stages=1):
+            start = careful_start(index, ranges, F.BLOCK_M, ROWS)
             acc_k, acc_v, unsummed = _columns_step(
                 acc_k, acc_v, unsummed, k, v, queries, douts, shift + at, log_total + at, delta + at,
-                any_block(index, ranges), first, shape, scale, cap, masking, bias, 0.0, dropout,
-                keep_scale, q_strides, dout_strides, F, True, True, COLUMNS)  # fmt: skip
+                start, first, shape, scale, cap, masking, bias, 0.0, dropout,
+                keep_scale, q_strides, dout_strides, F, True, True, COLUMNS, ROWS)  # fmt: skip
         if F.WRITE_DV:
-            for index in tl.range(0, blocks, num_stages=1):
-                start = any_block(index, ranges) * F.BLOCK_M
-                i = start + tl.arange(0, F.BLOCK_M)
+            for index in tl.range(0, pieces, num_stages=1):
+                start = careful_start(index, ranges, F.BLOCK_M, ROWS)
+                i = start + tl.arange(0, ROWS)
                 visible, added = tile_visible(i[None, :], j[:, None], shape, masking, F, True)
                 seen = load_rows(
-                    douts, start, rows, dout_strides, F.DV, F.BLOCK_M, F.BLOCK_DV, True, F
+                    douts, start, rows, dout_strides, F.DV, ROWS, F.BLOCK_DV, True, F
                 )
                 acc_v += nonfinite_reaching(visible, seen, F)
     if F.WRITE_DK:
@@ -506,16 +511,16 @@ def attention_bwd_columns_kernel(
             far = tl.where(block < ranges[2], far_hi, far_lo)
             acc_k, acc_v, column_sum = _columns_step(
                 acc_k, acc_v, column_sum, k_rows, v_rows, queries, douts, shift + at,
-                log_total + at, delta + at, block, first, shape, scale, cap,
+                log_total + at, delta + at, block * F.BLOCK_M, first, shape, scale, cap,
                 masking, bias, far, dropout, keep_scale, q_strides, dout_strides, F, False, False,
-                BLOCK_N)  # fmt: skip
+                BLOCK_N, F.BLOCK_M)  # fmt: skip
         if F.EDGE:
             for index in range(0, edge_count(ranges) * shown):
                 acc_k, acc_v, column_sum = _columns_step(
                     acc_k, acc_v, column_sum, k_rows, v_rows, queries, douts, shift + at,
-                    log_total + at, delta + at, edge_block(index, ranges), first,
+                    log_total + at, delta + at, edge_block(index, ranges) * F.BLOCK_M, first,
                     shape, scale, cap, masking, bias, 0.0, dropout, keep_scale, q_strides,
-                    dout_strides, F, True, False, BLOCK_N)  # fmt: skip
+                    dout_strides, F, True, False, BLOCK_N, F.BLOCK_M)  # fmt: skip
         if F.COLUMN_SUMS:
             j = first + tl.arange(0, BLOCK_N)
             tl.store(column_sums + (memory * heads + head) * T + key0 + j, column_sum, mask=j < keys)
@@ -531,7 +536,7 @@ def attention_bwd_columns_kernel(
         if F.WRITE_DV:
             poisoned = poisoned | any_nonfinite(acc_v)
     if poisoned:
-        for piece in range(0, BLOCK_N, CAREFUL_ROWS):
+        for piece in range(0, BLOCK_N, F.CAREFUL):
             _columns_careful(
                 dk_base, dv_base, dk_strides, dv_strides, k_base, v_base, k_strides, v_strides, q,
                 dout, q_stride, dout_stride, shift, log_total, delta, mask, mask_stride, slopes,
@@ -640,7 +645,7 @@ def backward_calls(arch, dq, dk, dv, dmask, dtable, dout, dlse, q, k, v, out, ls
         return torch.empty(*shape, dtype=torch.float32, device=q.device)
 
     delta = scratch(B, H, S)
-    shift, log_total = (scratch(B, H, S), scratch(B, H, S)) if f.MASK == "float" else (lse, lse)
+    shift, log_total = (scratch(B, H, S), scratch(B, H, S)) if f.NATURAL else (lse, lse)
     row_part = scratch(B, H, S) if row_sums else None
     column_part = torch.zeros_like(scratch(B, H, T)) if column_sums else None
     dlse_stride = (0, 0, 0) if dlse is None else dlse.stride()

@@ -2,8 +2,8 @@
 
 A tile is BLOCK_M query rows by BLOCK_N key columns; i is a query row and j a key column within the
 pair's own sequence. Logits are kept in units of log2 (multiplied by log2 e, so `exp2` is the
-exponential), or in natural units where a float mask is added: log2 e times the smallest finite
-number would be -inf, and only -inf itself hides a pair.
+exponential). With NATURAL they are kept as they are: in fp32, where each rounding counts, and with
+a float mask, since log2 e times the smallest finite number is -inf and only -inf hides a pair.
 """
 
 import triton
@@ -16,7 +16,6 @@ if triton.knobs.runtime.interpret:
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-CAREFUL_ROWS = tl.constexpr(16)
 
 
 @triton.jit
@@ -155,7 +154,7 @@ def bias_place(slopes, slope_stride, positions, position_stride, diagonals, batc
         if F.PACKED:
             owner = tl.maximum(tl.minimum(batch, sequences - 1), 0)
         slope = tl.load(slopes + owner.to(tl.int64) * slope_stride[0] + head * slope_stride[1])
-        if F.MASK != "float":
+        if not F.NATURAL:
             slope = slope * LOG2E
         if F.BIAS == "alibi_positions":
             keyed = positions + memory * position_stride[0]
@@ -237,6 +236,13 @@ def any_block(index, ranges):
     """All blocks, full ones first: the order in which the two loops visit them."""
     full = full_count(ranges)
     return tl.where(index < full, full_block(index, ranges), edge_block(index - full, ranges))
+
+
+@triton.jit
+def careful_start(index, ranges, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """First element of the index-th piece of STEP elements of the blocks of `any_block`."""
+    PIECES: tl.constexpr = BLOCK // STEP
+    return any_block(index // PIECES, ranges) * BLOCK + (index % PIECES) * STEP
 
 
 @triton.jit
@@ -364,7 +370,7 @@ def tile_logits(product, i, j, shape, scale, cap, mask, bias, far, F: tl.constex
 @triton.jit
 def exponential(x, F: tl.constexpr):
     """e to the power of a difference of logits."""
-    if F.MASK == "float":
+    if F.NATURAL:
         return tl.exp2(x * LOG2E)
     else:
         return tl.exp2(x)

@@ -32,6 +32,7 @@ class Features:
     BIAS: str = "none"  # "alibi", "alibi_positions", "table"
     SOFTCAP: bool = False
     DROPOUT: bool = False
+    NATURAL: bool = False  # logits in natural units, else in units of log2
     POSITIVE_SCALE: bool = True
     WIDE: bool = False  # offsets inside a tile can pass 2^31
     WRITE_DQ: bool = False
@@ -44,6 +45,18 @@ class Features:
     @property
     def HIDES(self) -> bool:
         return self.HAS_LEFT or self.HAS_RIGHT or self.MASK != "none"
+
+    # The rare paths that keep NaN and Inf apart work on CAREFUL rows (or keys) by CAREFUL_N keys
+    # (CAREFUL_M rows): few, so that they do not set a kernel's register count.
+    CAREFUL = 16
+
+    @property
+    def CAREFUL_M(self) -> int:
+        return min(32, self.BLOCK_M)
+
+    @property
+    def CAREFUL_N(self) -> int:
+        return min(32, self.BLOCK_N)
 
 
 @dataclass(frozen=True)

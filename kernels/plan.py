@@ -64,7 +64,8 @@ class Plan:
         S, D = q.shape[2:]
         T, DV = v.shape[2:]
         packed = cu_q is not None
-        unit = 1.0 if mask is not None and mask.dtype != torch.bool else LOG2E
+        natural = q.dtype == torch.float32 or (mask is not None and mask.dtype != torch.bool)
+        unit = 1.0 if natural else LOG2E
         threshold = min(65535, int(dropout_p * 65536 + 0.5))
         calls, diagonals, reach = [], None, 0
         bias, mask_kind, axes = "none", "none", "ij"
@@ -100,6 +101,7 @@ class Plan:
             BIAS="table" if table is not None else bias,
             SOFTCAP=softcap > 0,
             DROPOUT=threshold > 0,
+            NATURAL=natural,
             POSITIVE_SCALE=scale >= 0,
             WIDE=wide,
         )

@@ -4,6 +4,7 @@ The error allowed is twice that of the formula computed by PyTorch in the inputs
 times for gradients), plus one rounding of the largest element.
 """
 
+import os
 import pytest
 import torch
 
@@ -83,13 +84,13 @@ def expected(q, k, v, dout, dlse, dtype, **options):
 
 def assert_close(name, got, want, plain, factor, dtype):
     assert got.shape == want.shape
-    finite = torch.isfinite(want)
-    assert torch.equal(got[~finite].double(), want[~finite]), name
-    if finite.sum() == 0:
+    got, finite = got.double(), torch.isfinite(want)
+    assert torch.equal(got[~finite], want[~finite]), name
+    if not finite.any():
         return
-    error = (got.double() - want)[finite].abs().max().item()
-    allowed = factor * (plain.double() - want)[finite].abs().max().item()
-    allowed += torch.finfo(dtype).eps * max(1.0, want[finite].abs().max().item())
+    error, other = ((x.double() - want)[finite].abs().max().item() for x in (got, plain))
+    allowed = factor * other + torch.finfo(dtype).eps * want[finite].abs().max().item()
+    if os.environ.get("SHOW"): print(f"{name} {error:.2e} {other:.2e} {error/max(allowed,1e-30):.2f}")
     assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 
 
