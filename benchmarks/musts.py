@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from . import goals, memory, report
+from . import goals, memory, ops, report
 from .gate import Error
 from .harness import clock_for, interleave
-from .ops import attention
+from .ops import attention, generic
 from .ops.attention_case import Case, tensors
 from .ops.attention_check import exact_answer
 from .options import Options
@@ -33,11 +33,31 @@ CHILD_TIMEOUT_S = 900
 
 def execute(options: Options, console: Console) -> int:
     """Runs every goal; a miss is a result, so only a wrong answer makes the exit code 1."""
-    options = replace(options, suite="musts", models=(), providers=("fasttx", "sdpa"))
+    wrong = False
+    for op in options.ops:
+        run = _measure(op, options, console)
+        console.print(report.table(run.rows, op), soft_wrap=True)
+        for line in (*report.legend(run), "", *must_lines(run)):
+            console.print(line, highlight=False, soft_wrap=True)
+        folder = options.out or results_folder(run.machine["class"])
+        for path in (
+            report.write_csv(run, folder / f"{op}.csv"),
+            report.write_json(run, folder / f"{op}.json"),
+            write_markdown(run, op, folder / f"{op}.md"),
+        ):
+            console.print(f"wrote {path.resolve()}", soft_wrap=True, highlight=False)
+        wrong = wrong or any(row.provider == "fasttx" and row.ok is False for row in run.rows)
+    return 1 if wrong else 0
+
+
+def _measure(op: str, options: Options, console: Console) -> Run:
+    names = ("fasttx", "sdpa") if op == "attention" else ("fasttx", "eager")
+    options = replace(options, suite="musts", ops=(op,), models=(), providers=names)
     session = Session(options, console)
     run, start = session.run, time.monotonic()
     session.measure_limits()
-    for name, stage in STAGES.items():
+    stages = STAGES if op == "attention" else {"ratios": generic_stage}
+    for name, stage in stages.items():
         if options.stages and name not in options.stages:
             run.notes.append(f"stage {name} was not asked for")
             continue
@@ -47,17 +67,29 @@ def execute(options: Options, console: Console) -> int:
             run.notes.append(f"interrupted in stage {name}: what was measured so far is here")
             break
     run.seconds = time.monotonic() - start
-    console.print(report.table(run.rows, "Attention"), soft_wrap=True)
-    for line in (*report.legend(run), "", *must_lines(run)):
-        console.print(line, highlight=False, soft_wrap=True)
-    folder = options.out or results_folder(run.machine["class"])
-    for path in (
-        report.write_csv(run, folder / "attention.csv"),
-        report.write_json(run, folder / "attention.json"),
-        write_markdown(run, folder / "attention.md"),
-    ):
-        console.print(f"wrote {path.resolve()}", soft_wrap=True, highlight=False)
-    return 1 if any(row.provider == "fasttx" and row.ok is False for row in run.rows) else 0
+    return run
+
+
+def generic_stage(session: Session) -> None:
+    """The goals of an op that stand in its own cases."""
+    (op,) = session.options.ops
+    module = ops.find(op)
+    cases = getattr(module, "must_cases", module.quick_cases)(session.options.dtypes)
+    budget = session.options.budget_s or GROUP_SECONDS["musts"]
+    for case in cases:
+        problem = generic.Problem(case, CPU)
+        for direction in case.directions:
+            for threads in session.options.threads:
+                torch.set_num_threads(threads)
+                rows = generic.measure(
+                    problem, direction, session.providers, threads, budget, session.run
+                )
+                session.run.rows += rows
+                must, aim = case.goals.get(direction, (None, None))
+                goal = goals.Goal(f"{case.dtype} {direction}", (), must, aim)
+                for row in rows:
+                    if row.provider == "fasttx":
+                        record(session, _ratio_entry(goal, row))
 
 
 def results_folder(machine_class: str) -> Path:
@@ -211,7 +243,7 @@ def error_stage(session: Session) -> None:
                 "errors": {
                     name: {t: median(e) for t, e in found.items()} for name, found in errors.items()
                 },
-                "measured": f"{worst:.2f}x ({each})",
+                "measured": f"{worst:.3f}x ({each})",
                 "must": f"<= {goal.must:g}x",
                 "aim": "",
                 "verdict": verdict(worst, goal.must, None, at_most=True),
@@ -287,11 +319,11 @@ def must_lines(run: Run) -> list[str]:
     return lines
 
 
-def write_markdown(run: Run, path: Path) -> Path:
+def write_markdown(run: Run, op: str, path: Path) -> Path:
     machine = run.machine
     versions = ", ".join(f"{n} {v}" for n, v in machine["packages"].items() if v)
     lines = [
-        "# Attention: goals and what was measured",
+        f"# {op}: goals and what was measured",
         "",
         f"- Command: `{run.command}`",
         f"- Date: {run.started}, took {run.seconds:.0f} s",

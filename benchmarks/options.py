@@ -12,7 +12,8 @@ from . import ops, providers
 from .ops.attention_case import DIRECTIONS, DTYPES
 
 MODELS = ("bert",)
-KINDS = {"op": ops.NAMES, "model": MODELS}
+KINDS = {"op": ops.names(), "model": MODELS}
+MAIN_JOB = (("attention",), MODELS)
 SUITES = ("quick", "full", "musts")
 STAGES = ("ratios", "forced", "costs", "errors", "memory")
 BACKENDS = ("cpu", "triton", "reference", "torch")
@@ -27,7 +28,7 @@ class UsageError(ValueError):
 class Options:
     """See ``fasttx bench --help``. ``sizes`` empty means the suite's own cases."""
 
-    ops: tuple[str, ...] = ops.NAMES
+    ops: tuple[str, ...] = ("attention",)
     models: tuple[str, ...] = MODELS
     suite: str = "quick"
     sizes: tuple[int, ...] = ()
@@ -36,6 +37,7 @@ class Options:
     head_dim: int = 64
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     directions: tuple[str, ...] = ("forward", "backward")
+    default_directions: bool = True
     providers: tuple[str, ...] = ()
     backend: str | None = None
     threads: tuple[int, ...] = (1,)
@@ -65,7 +67,7 @@ def choose(what: str, given: str | None, allowed: tuple[str, ...]) -> tuple[str,
 def targets(words: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(ops, models) of ``op attention model bert`` or just ``attention bert``.
 
-    A bare ``op`` or ``model`` means all of them; no word at all means everything.
+    A bare ``op`` or ``model`` means all of them; no word at all means the main job.
     """
     found: dict[str, list[str]] = {"op": [], "model": []}
     kind = None
@@ -80,7 +82,7 @@ def targets(words: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
             raise UsageError(f"unknown {kind or 'op or model'} {word!r}: {_known(kind)}")
         found[home].append(word)
     if not words:
-        return KINDS["op"], KINDS["model"]
+        return MAIN_JOB
     return tuple(dict.fromkeys(found["op"])), tuple(dict.fromkeys(found["model"]))
 
 

@@ -19,7 +19,8 @@ FLAT = (
     "kind", "op", "case", "direction", "provider", "label", "backend", "dtype", "device", "threads",
     "clock", "median_s", "low_s", "high_s", "samples", "rejected", "converged", "coverage",
     "first_call_s", "compile_s", "ratio_to", "ratio", "ratio_low", "ratio_high", "best_other",
-    "ratio_best", "ratio_best_low", "ratio_best_high", "flops", "rate", "share", "share_of",
+    "ratio_best", "ratio_best_low", "ratio_best_high", "flops", "rate", "moved", "bandwidth",
+    "share", "share_of",
     "error", "ok", "why", "peak_bytes",
 )  # fmt: skip
 

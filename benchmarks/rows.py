@@ -48,6 +48,8 @@ class Row:
     ratio_best_high: float | None = None
     flops: int | None = None
     rate: float | None = None
+    moved: int | None = None
+    bandwidth: float | None = None
     share: float | None = None
     share_of: str | None = None
     error: float | None = None
@@ -77,14 +79,24 @@ class Row:
             self.compile_s = max(0.0, timing.first_call_s - result.median)
         self.notes.extend(timing.notes)
 
-    def set_rate(self, flops: int, limits: Limits | None) -> None:
-        self.flops = flops
+    def set_rate(self, flops: int | None, limits: Limits | None, moved: int | None = None) -> None:
+        """FLOP/s and byte/s, and the share of whichever of the machine's limits is nearer."""
+        self.flops, self.moved = flops, moved
         if not self.median_s:
             return
-        self.rate = flops / self.median_s
-        best = limits.flops(self.dtype) if limits is not None else None
-        if best is not None:
-            self.share, self.share_of = self.rate / best[0], best[1]
+        shares = []
+        if flops:
+            self.rate = flops / self.median_s
+            best = limits.flops(self.dtype) if limits is not None else None
+            if best is not None:
+                shares.append((self.rate / best[0], best[1]))
+        if moved:
+            self.bandwidth = moved / self.median_s
+            if limits is not None and limits.copy:
+                best = max(limits.copy, limits.read)
+                shares.append((self.bandwidth / best, f"memory bandwidth, {limits.threads} thr."))
+        if shares:
+            self.share, self.share_of = max(shares)
 
     def set_verdict(self, verdict: Verdict) -> None:
         self.ok, self.why, self.error = verdict.ok, verdict.why, verdict.worst

@@ -26,12 +26,12 @@ def bench(
     targets: Annotated[
         list[str] | None,
         typer.Argument(
-            help="op NAME, model NAME, or just names: attention, bert. None: everything."
+            help="op NAME, model NAME, or just names; none: attention bert, op: every op."
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Under 4 minutes. The default.")] = False,
     full: Annotated[bool, typer.Option("--full", help="More shapes, features, time.")] = False,
-    musts: Annotated[bool, typer.Option("--musts", help="The speed goals of attention.")] = False,
+    musts: Annotated[bool, typer.Option("--musts", help="The speed goals, PASS or MISS.")] = False,
     suite: Annotated[str | None, typer.Option(help="quick, full or musts.")] = None,
     seqlen: Annotated[str | None, typer.Option(help="Sequence lengths, e.g. 128,512.")] = None,
     batch: Annotated[int, typer.Option(help="Batch size, with --seqlen.")] = 1,
@@ -71,6 +71,7 @@ def bench(
             head_dim=asked.one_size("--head-dim", head_dim, 256),
             dtypes=asked.dtypes(dtype),
             directions=asked.directions(direction),
+            default_directions=direction is None,
             providers=asked.provider_names(provider),
             backend=next(iter(asked.choose("backend", backend, asked.BACKENDS)), None),
             threads=asked.thread_counts(threads),

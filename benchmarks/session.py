@@ -8,14 +8,15 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from types import ModuleType
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import limits, machine, memory, providers, report
-from .ops import attention
-from .ops.attention_case import DTYPES, Case
+from . import limits, machine, memory, ops, providers, report
+from .ops import attention, generic
+from .ops.attention_case import DTYPES
 from .options import Options
 from .rows import Row, Run
 
@@ -60,44 +61,51 @@ class Session:
                 self.run.skip(provider.LABEL, why)
         return usable
 
-    def cases(self) -> list[Case]:
+    def cases(self, module: ModuleType) -> list:
         options = self.options
         if options.sizes:
+            if not hasattr(module, "sized_cases"):
+                self.run.skip(module.__name__.rsplit(".", 1)[-1], "it has no --seqlen")
+                return []
             shape = (options.batch, options.heads, options.head_dim)
-            return attention.sized_cases(options.dtypes, options.sizes, *shape)
-        if options.suite == "full":
-            return attention.full_cases(options.dtypes)
-        return attention.quick_cases(options.dtypes)
+            return module.sized_cases(options.dtypes, options.sizes, *shape)
+        if options.suite == "full" and hasattr(module, "full_cases"):
+            return module.full_cases(options.dtypes)
+        return module.quick_cases(options.dtypes)
 
     def plan(self) -> list[Step]:
         steps = []
-        if "attention" in self.options.ops:
-            for case in self.cases():
-                steps += self._op_steps(case)
+        for name in self.options.ops:
+            module = ops.find(name)
+            for case in self.cases(module):
+                steps += self._op_steps(module, case)
         if "bert" in self.options.models:
             steps += self._model_steps()
         return steps
 
-    def _op_steps(self, case: Case) -> list[Step]:
-        holder: dict[str, attention.Problem] = {}
+    def _op_steps(self, module: ModuleType, case) -> list[Step]:
+        holder: dict[str, object] = {}
+        source = module if hasattr(module, "Problem") else generic
         budget = self.options.budget_s or GROUP_SECONDS[self.options.suite]
-        jobs = [(t, d) for t in self.options.threads for d in self.options.directions]
+        directions = self.options.directions
+        if self.options.default_directions:
+            directions = getattr(case, "directions", directions)
+        jobs = [(t, d) for t in self.options.threads for d in directions]
         steps = []
         for threads, direction in jobs:
 
             def measure(seconds, on_round, threads=threads, direction=direction):
                 torch.set_num_threads(threads)
                 if not holder:
-                    gradients = self.options.directions != ("forward",)
-                    holder[""] = attention.Problem(case, self.device, gradients)
-                rows = attention.measure(
+                    holder[""] = source.Problem(case, self.device, directions != ("forward",))
+                rows = source.measure(
                     holder[""], direction, self.providers, threads, seconds, self.run,
                     everything=self.options.suite == "full" or bool(self.options.providers),
                     on_round=on_round,
                 )  # fmt: skip
                 if (threads, direction) == jobs[-1]:
                     holder.clear()
-                if self.options.memory:
+                if self.options.memory and source is attention:
                     for row in rows:
                         row.peak_bytes = memory.peak(
                             case, direction, row.provider, threads, str(self.device)

@@ -1,7 +1,22 @@
-"""One module an op: its cases, inputs, fp64 answer, and the FLOPs a call is worth.
+"""One module an op, found by name: ``benchmarks/ops/<op>.py``.
 
-An op module has ``cases(options) -> list`` and a case has ``directions``, ``prepare`` and the
-facts that end up in a row; ``benchmarks/ops/attention.py`` is the pattern.
+``generic.py`` says what such a module holds and does the checking and timing for it; attention,
+with its many features, has its own.
 """
 
-NAMES = ("attention",)
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+HELPERS = {"generic", "attention_case", "attention_check"}
+
+
+def names() -> tuple[str, ...]:
+    found = {info.name for info in pkgutil.iter_modules(__path__)} - HELPERS
+    return ("attention", *sorted(found - {"attention"}))
+
+
+def find(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fasttx.benchmarks import machine, options
+from fasttx.benchmarks import machine, ops, options
 from fasttx.benchmarks import run as command
 from fasttx.benchmarks.ops.attention import full_cases, quick_cases
 from fasttx.benchmarks.ops.attention_case import Case
@@ -52,7 +52,8 @@ def test_a_device_that_is_not_there(capsys):
         (["attention"], (("attention",), ())),
         (["op", "attention", "model", "bert"], (("attention",), ("bert",))),
         (["model"], ((), ("bert",))),
-        (["op", "model", "bert"], (("attention",), ("bert",))),
+        (["op"], (ops.names(), ())),
+        (["op", "model", "bert"], (ops.names(), ("bert",))),
         (["bert", "attention", "bert"], (("attention",), ("bert",))),
     ],
 )
