@@ -48,10 +48,7 @@ FASTTX_INLINE void multiply_wide(vu x, uint32_t m, vu* high, vu* low) {
 #endif
 }
 
-// out[w] holds columns 8 * column_group + 2w (low half) and + 2w + 1 (high half) of every row.
-FASTTX_INLINE void philox(const Dropout& d, uint32_t column_group, vu row, uint32_t head,
-                          uint32_t batch, vu* out) {
-  vu c0 = column_group - vu{}, c1 = row, c2 = head - vu{}, c3 = batch - vu{};
+FASTTX_INLINE void philox_words(const Dropout& d, vu c0, vu c1, vu c2, vu c3, vu* out) {
   uint32_t k0 = d.key0, k1 = d.key1;
   FASTTX_UNROLL(10)
   for (int round = 0; round < 10; round++) {
@@ -69,6 +66,62 @@ FASTTX_INLINE void philox(const Dropout& d, uint32_t column_group, vu row, uint3
   out[1] = c1;
   out[2] = c2;
   out[3] = c3;
+}
+
+// out[w] holds columns 8 * column_group + 2w (low half) and + 2w + 1 (high half) of every row.
+FASTTX_INLINE void philox(const Dropout& d, uint32_t column_group, vu row, uint32_t head,
+                          uint32_t batch, vu* out) {
+  philox_words(d, column_group - vu{}, row, head - vu{}, batch - vu{}, out);
+}
+
+// The 16-bit numbers of columns 0, 1, ... of one row, in order; writes a multiple of 8 W of them.
+// Lane 4 q + i computes column group (W / 4) i + q, so that the transposes inside 128 bits that
+// bring its four words together leave the groups in order.
+FASTTX_INLINE void philox_row(const Dropout& d, int64_t columns, uint32_t row, uint32_t head,
+                              uint32_t batch, uint16_t* out) {
+  const vi lane = lane_index();
+  const vu group = (vu)((lane & 3) * (W / 4) + (lane >> 2));
+  for (int64_t first = 0; first < columns; first += 8 * W) {
+    vu w[4];
+    philox_words(d, group + (uint32_t)(first / 8), row - vu{}, head - vu{}, batch - vu{}, w);
+#if FASTTX_AVX512
+    const __m512i a = _mm512_unpacklo_epi32((__m512i)w[0], (__m512i)w[1]);
+    const __m512i b = _mm512_unpacklo_epi32((__m512i)w[2], (__m512i)w[3]);
+    const __m512i c = _mm512_unpackhi_epi32((__m512i)w[0], (__m512i)w[1]);
+    const __m512i e = _mm512_unpackhi_epi32((__m512i)w[2], (__m512i)w[3]);
+    const vi r[4] = {(vi)_mm512_unpacklo_epi64(a, b), (vi)_mm512_unpackhi_epi64(a, b),
+                     (vi)_mm512_unpacklo_epi64(c, e), (vi)_mm512_unpackhi_epi64(c, e)};
+#elif FASTTX_AVX2
+    const __m256i a = _mm256_unpacklo_epi32((__m256i)w[0], (__m256i)w[1]);
+    const __m256i b = _mm256_unpacklo_epi32((__m256i)w[2], (__m256i)w[3]);
+    const __m256i c = _mm256_unpackhi_epi32((__m256i)w[0], (__m256i)w[1]);
+    const __m256i e = _mm256_unpackhi_epi32((__m256i)w[2], (__m256i)w[3]);
+    const vi r[4] = {(vi)_mm256_unpacklo_epi64(a, b), (vi)_mm256_unpackhi_epi64(a, b),
+                     (vi)_mm256_unpacklo_epi64(c, e), (vi)_mm256_unpackhi_epi64(c, e)};
+#else
+    const __m128i a = _mm_unpacklo_epi32((__m128i)w[0], (__m128i)w[1]);
+    const __m128i b = _mm_unpacklo_epi32((__m128i)w[2], (__m128i)w[3]);
+    const __m128i c = _mm_unpackhi_epi32((__m128i)w[0], (__m128i)w[1]);
+    const __m128i e = _mm_unpackhi_epi32((__m128i)w[2], (__m128i)w[3]);
+    const vi r[4] = {(vi)_mm_unpacklo_epi64(a, b), (vi)_mm_unpackhi_epi64(a, b),
+                     (vi)_mm_unpacklo_epi64(c, e), (vi)_mm_unpackhi_epi64(c, e)};
+#endif
+    for (int i = 0; i < 4; i++) store_int(out + first + 2 * W * i, r[i]);
+  }
+}
+
+// Which of W neighbouring columns are kept, from their 16-bit numbers.
+FASTTX_INLINE vmask keep_columns(const uint16_t* numbers, uint32_t threshold) {
+#if FASTTX_AVX512
+  return _mm256_cmpge_epu16_mask(_mm256_loadu_si256((const __m256i*)numbers),
+                                 _mm256_set1_epi16((short)threshold));
+#elif FASTTX_AVX2
+  const vi v = (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)numbers));
+  return mask_not(less(v, set1i((int)threshold)));
+#else
+  const __m128i h = _mm_loadl_epi64((const __m128i*)numbers);
+  return mask_not(less((vi)_mm_unpacklo_epi16(h, _mm_setzero_si128()), set1i((int)threshold)));
+#endif
 }
 
 // Which of the W rows keep the even column (low half of the word) and the odd one (high half).
