@@ -56,10 +56,6 @@ struct Call {
   DistanceBias distance;
 };
 
-// Keys of a block: its operands stay in the first two cache levels.
-template <class U>
-constexpr int64_t BLOCK_K = U::PER_UNIT == 2 ? 256 : 128;
-
 // Bump allocation over one buffer; with base = nullptr it only counts.
 struct Arena {
   char* base;
@@ -260,11 +256,12 @@ void strip(const Call& p, const Task& h, const QuerySide<U>& side, KeySide<U>& b
            const KeySums& sums, int64_t query_block, int64_t key, int64_t row, bool careful) {
   const int64_t query = query_block * BLOCK_Q, last_query = min64(query + BLOCK_Q, h.S) - 1;
   const int64_t ldk = units_of<U>(p.D), ldv = units_of<U>(p.Dv);
+  const int used = used_vecs(h.S - query);
   constexpr bool pairs = U::PER_UNIT == 2;
   const float *lse = side.lse + query, *delta = side.delta + query;
   float* s = block.s;
   strip_product<U>(s, block.keys + row * ldk, ldk, side.queries_t + query * ldk,
-                   (p.D + U::PER_UNIT - 1) / U::PER_UNIT, block.prefetch);
+                   (p.D + U::PER_UNIT - 1) / U::PER_UNIT, used, block.prefetch);
 
   const bool mask = h.mask.data && h.mask.row != 0;
   StripBias bias = {};
@@ -305,7 +302,7 @@ void strip(const Call& p, const Task& h, const QuerySide<U>& side, KeySide<U>& b
   if (!(p.need & ~NEED_DV)) return;
 
   strip_product<U>(block.dp, block.values + row * ldv, ldv, side.douts_t + query * ldv,
-                   (p.Dv + U::PER_UNIT - 1) / U::PER_UNIT, block.prefetch);
+                   (p.Dv + U::PER_UNIT - 1) / U::PER_UNIT, used, block.prefetch);
   float* by_query = block.ds + row * BLOCK_Q / U::PER_UNIT;
 #if defined(__AVX512BF16__)
   float* by_key = block.ds_pairs + row * BLOCK_Q / 2;
@@ -367,6 +364,7 @@ void key_block(const Call& p, const Task& h, const QuerySide<U>& side, KeySide<U
       if (p.need & NEED_DV) __builtin_memset(dv, 0, rows * value_columns * sizeof(float));
       fresh = false;
     }
+    const int used = used_vecs(h.S - query);
     const int64_t keys = to - from, at = from * BLOCK_Q;
     const float *queries = side.queries + query * ldk, *douts = side.douts + query * ldv;
     if (careful) {
@@ -387,13 +385,13 @@ void key_block(const Call& p, const Task& h, const QuerySide<U>& side, KeySide<U
     } else {
       if (p.need & NEED_DV)
         add_keys<U>(dv + from * value_columns, value_columns, block.weights + at / U::PER_UNIT, douts, keys,
-                    value_vecs, fresh, block.prefetch);
+                    value_vecs, used, fresh, block.prefetch);
       if (p.need & NEED_DK)
-        add_keys<U>(dk + from * columns, columns, block.ds + at / U::PER_UNIT, queries, keys, vecs, fresh,
-                    block.prefetch);
+        add_keys<U>(dk + from * columns, columns, block.ds + at / U::PER_UNIT, queries, keys, vecs, used,
+                    fresh, block.prefetch);
       if (p.need & NEED_DQ)
         add_queries<U>(sums.dq + query * columns, block.ds_pairs + at / U::PER_UNIT,
-                       block.key_pairs + from * ldk, columns, keys, round_up(p.D, TILE_ROWS),
+                       block.key_pairs + from * ldk, columns, keys, round_up(p.D, 2), used,
                        !sums.touched[b], block.prefetch);
     }
     fresh = false;

@@ -33,10 +33,14 @@ struct UnitBF16 {
   }
 };
 
-// Queries of a block, keys of a strip, and the register tile: rows x vectors.
-constexpr int BLOCK_Q = 64, STRIP = 16;
+// Queries of a block, keys of a strip, and the register tile: rows x vectors, of 32 registers with
+// AVX-512 and of 16 without. A strip is a multiple of 8, of W and of TILE_ROWS.
+constexpr int BLOCK_Q = 64, STRIP = W == 8 ? 24 : 16;
 constexpr int VECS = BLOCK_Q / W;
-constexpr int TILE_ROWS = 4, TILE_VECS = W == 16 ? 4 : 2;
+constexpr int TILE_ROWS = W == 8 ? 6 : 4, TILE_VECS = W == 16 ? 4 : 2;
+// Keys of a block: its operands stay in the first two cache levels.
+template <class U>
+constexpr int64_t BLOCK_K = U::PER_UNIT == 2 ? 256 : W == 8 ? 144 : 128;
 
 // Brings rows of the next small head into the cache, a few lines a register tile.
 struct Prefetch {
@@ -113,68 +117,100 @@ FASTTX_INLINE void put(const vf (&c)[R][V], float* out, int64_t ld, bool overwri
   }
 }
 
-// s [STRIP][BLOCK_Q] = keys x queries: STRIP rows of `keys` with `units` units, queries [units][BLOCK_Q].
-// UNITS > 0 is a compile-time number of units.
+// Of a block of queries the first `vecs` vectors are in use: a multiple of 2.
+FASTTX_INLINE int used_vecs(int64_t queries) {
+  return queries >= BLOCK_Q ? VECS : (int)round_up((queries + W - 1) / W, 2);
+}
+
+// s [STRIP][BLOCK_Q] = keys x queries: STRIP rows of `keys` with `units` units, queries
+// [units][BLOCK_Q]; 0 where not in use. UNITS > 0 is a compile-time number of units.
 template <class U, int UNITS>
 FASTTX_INLINE void strip_product_n(float* s, const float* keys, int64_t ld, const float* queries,
-                                   int64_t units, Prefetch& prefetch) {
-  if (UNITS > 0) units = UNITS;
-  for (int v = 0; v < VECS; v += TILE_VECS)
+                                   int64_t units, int vecs, Prefetch& prefetch) {
+  if (UNITS > 0) ld = units = UNITS;
+  int v = 0;
+  for (; v + TILE_VECS <= vecs; v += TILE_VECS)
     for (int r = 0; r < STRIP; r += TILE_ROWS) {
       prefetch.tile();
       vf c[TILE_ROWS][TILE_VECS];
       product<U>(c, keys + r * ld, ld, 1, queries + v * W, BLOCK_Q, units);
       put(c, s + r * BLOCK_Q + v * W, BLOCK_Q, true);
     }
+  if (TILE_VECS > 2 && v < vecs) {
+    for (int r = 0; r < STRIP; r += 8) {
+      vf c[8][2];
+      product<U>(c, keys + r * ld, ld, 1, queries + v * W, BLOCK_Q, units);
+      put(c, s + r * BLOCK_Q + v * W, BLOCK_Q, true);
+    }
+    v += 2;
+  }
+  for (; v < VECS; v++)
+    for (int r = 0; r < STRIP; r++) store(s + r * BLOCK_Q + v * W, vf{});
 }
 template <class U>
 __attribute__((noinline)) void strip_product(float* s, const float* keys, int64_t ld,
-                                             const float* queries, int64_t units,
+                                             const float* queries, int64_t units, int vecs,
                                              Prefetch& prefetch) {
   if (units == 64 / U::PER_UNIT && ld == units)
-    strip_product_n<U, 64 / U::PER_UNIT>(s, keys, 64 / U::PER_UNIT, queries, units, prefetch);
+    strip_product_n<U, 64 / U::PER_UNIT>(s, keys, ld, queries, units, vecs, prefetch);
   else if (units == 128 / U::PER_UNIT && ld == units)
-    strip_product_n<U, 128 / U::PER_UNIT>(s, keys, 128 / U::PER_UNIT, queries, units, prefetch);
+    strip_product_n<U, 128 / U::PER_UNIT>(s, keys, ld, queries, units, vecs, prefetch);
   else
-    strip_product_n<U, 0>(s, keys, ld, queries, units, prefetch);
+    strip_product_n<U, 0>(s, keys, ld, queries, units, vecs, prefetch);
 }
 
-// out [keys][ld] (+)= weights [keys][BLOCK_Q] x rows [BLOCK_Q][ld], its first `vecs` vectors; keys is
-// a multiple of STRIP.
+// out [keys][ld] (+)= weights [keys][BLOCK_Q] x rows [BLOCK_Q][ld], its first `columns` vectors; keys
+// is a multiple of STRIP.
 template <class U>
 __attribute__((noinline)) void add_keys(float* out, int64_t ld, const float* weights,
-                                        const float* rows, int64_t keys, int64_t vecs,
+                                        const float* rows, int64_t keys, int64_t columns, int vecs,
                                         bool overwrite, Prefetch& prefetch) {
   constexpr int UNITS = BLOCK_Q / U::PER_UNIT;
+  const int64_t units = vecs * W / U::PER_UNIT;
   int64_t v = 0;
-  for (; v + TILE_VECS <= vecs; v += TILE_VECS)
+  for (; v + TILE_VECS <= columns; v += TILE_VECS)
     for (int64_t r = 0; r < keys; r += TILE_ROWS) {
       prefetch.tile();
       vf c[TILE_ROWS][TILE_VECS];
-      product<U>(c, weights + r * UNITS, UNITS, 1, rows + v * W, ld, UNITS);
+      product<U>(c, weights + r * UNITS, UNITS, 1, rows + v * W, ld, units);
       put(c, out + r * ld + v * W, ld, overwrite);
     }
-  for (; v < vecs; v++)
+  for (; v < columns; v++)
     for (int64_t r = 0; r < keys; r += 8) {
       vf c[8][1];
-      product<U>(c, weights + r * UNITS, UNITS, 1, rows + v * W, ld, UNITS);
+      product<U>(c, weights + r * UNITS, UNITS, 1, rows + v * W, ld, units);
       put(c, out + r * ld + v * W, ld, overwrite);
     }
 }
 
-// out [dims][BLOCK_Q] (+)= transposed rows [keys][ld] x weights [keys][BLOCK_Q]; dims and keys are
-// multiples of TILE_ROWS and STRIP.
+// out [dims][BLOCK_Q] (+)= transposed rows [keys][ld] x weights [keys][BLOCK_Q], the vectors in use;
+// dims is even, keys a multiple of STRIP.
+template <class U, int R, int V>
+FASTTX_INLINE void add_queries_n(float* out, const float* weights, const float* rows, int64_t ld,
+                                 int64_t keys, int64_t dims, bool overwrite, Prefetch& prefetch) {
+  int64_t d = 0;
+  for (; d + R <= dims; d += R) {
+    prefetch.tile();
+    vf c[R][V];
+    product<U>(c, rows + d, 1, ld, weights, BLOCK_Q, keys / U::PER_UNIT);
+    put(c, out + d * BLOCK_Q, BLOCK_Q, overwrite);
+  }
+  for (; d < dims; d += 2) {
+    vf c[2][V];
+    product<U>(c, rows + d, 1, ld, weights, BLOCK_Q, keys / U::PER_UNIT);
+    put(c, out + d * BLOCK_Q, BLOCK_Q, overwrite);
+  }
+}
 template <class U>
 __attribute__((noinline)) void add_queries(float* out, const float* weights, const float* rows,
-                                           int64_t ld, int64_t keys, int64_t dims, bool overwrite,
-                                           Prefetch& prefetch) {
-  for (int v = 0; v < VECS; v += TILE_VECS)
-    for (int64_t d = 0; d < dims; d += TILE_ROWS) {
-      prefetch.tile();
-      vf c[TILE_ROWS][TILE_VECS];
-      product<U>(c, rows + d, 1, ld, weights + v * W, BLOCK_Q, keys / U::PER_UNIT);
-      put(c, out + d * BLOCK_Q + v * W, BLOCK_Q, overwrite);
-    }
+                                           int64_t ld, int64_t keys, int64_t dims, int vecs,
+                                           bool overwrite, Prefetch& prefetch) {
+  int v = 0;
+  for (; v + TILE_VECS <= vecs; v += TILE_VECS)
+    add_queries_n<U, TILE_ROWS, TILE_VECS>(out + v * W, weights + v * W, rows, ld, keys, dims,
+                                           overwrite, prefetch);
+  if (TILE_VECS > 2 && v < vecs)
+    add_queries_n<U, 8, 2>(out + v * W, weights + v * W, rows, ld, keys, dims, overwrite, prefetch);
 }
 
 // The same two sums where a non-finite row may meet the weight of a hidden pair: only the pairs whose
