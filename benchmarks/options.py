@@ -41,6 +41,7 @@ class Options:
     providers: tuple[str, ...] = ()
     backend: str | None = None
     threads: tuple[int, ...] = (1,)
+    default_threads: bool = True
     device: str = "cpu"
     budget_s: float | None = None
     memory: bool = False

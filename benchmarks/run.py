@@ -75,6 +75,7 @@ def bench(
             providers=asked.provider_names(provider),
             backend=next(iter(asked.choose("backend", backend, asked.BACKENDS)), None),
             threads=asked.thread_counts(threads),
+            default_threads=threads is None,
             device=asked.device(device),
             budget_s=asked.seconds("--budget", budget),
             memory=memory,

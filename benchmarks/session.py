@@ -118,8 +118,7 @@ class Session:
 
     def _model_steps(self) -> list[Step]:
         seconds = self.options.budget_s or MODEL_SECONDS[self.options.suite]
-        cores = len(os.sched_getaffinity(0))
-        every = tuple(dict.fromkeys((*self.options.threads, cores)))
+        every = self._model_threads()
         jobs = []
         for dtype in self.options.dtypes:
             jobs += [(dtype, i, "forward", t) for i in (0, 1) for t in self.options.threads]
@@ -142,6 +141,13 @@ class Session:
             steps.append(Step(title, seconds, measure))
         return steps
 
+    def _model_threads(self) -> tuple[int, ...]:
+        """The thread counts asked for; if none were, also all cores, as a user would run it."""
+        chosen = self.options.threads
+        if self.options.default_threads:
+            chosen = tuple(dict.fromkeys((*chosen, len(os.sched_getaffinity(0)))))
+        return chosen
+
     def _bert(self, dtype: str):
         """The models of one dtype; those of another are let go first."""
         if dtype not in self._models:
@@ -161,7 +167,7 @@ class Session:
     def measure_limits(self) -> None:
         wanted = set(self.options.threads)
         if self.options.models and self.device.type == "cpu":
-            wanted.add(len(os.sched_getaffinity(0)))
+            wanted.update(self._model_threads())
         for threads in sorted(wanted):
             torch.set_num_threads(threads)
             dtypes = {name: DTYPES[name] for name in self.options.dtypes}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +25,13 @@ LABELS = {
     "sdpa": "transformers, SDPA",
     "eager": "transformers, eager",
 }
-RANDOM = "a random BERT of the same size and random token ids"
+RANDOM = {
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+}
+RANDOM_BATCHES = {"16 x 52 ids": (16, 52), "4 x 256 ids": (4, 256)}
 
 
 @dataclass
@@ -60,23 +67,22 @@ def load(device: torch.device) -> Source:
 
 def _random(device: torch.device, why: str) -> Source:
     transformers = importlib.import_module("transformers")
-    config = transformers.BertConfig(
-        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
-    )
+    config = transformers.BertConfig(**RANDOM)
 
     def make(dtype: torch.dtype, attention: str) -> torch.nn.Module:
         torch.manual_seed(0)
-        model = transformers.BertModel._from_config(config, attn_implementation=attention)
+        own = copy.deepcopy(config)
+        model = transformers.BertModel._from_config(own, attn_implementation=attention)
         return model.to(device, dtype).eval()
 
     batches = {}
     generator = torch.Generator().manual_seed(0)
-    for name, (rows, length) in {"16 x 52 ids": (16, 52), "4 x 256 ids": (4, 256)}.items():
-        ids = torch.randint(1000, 30000, (rows, length), generator=generator)
+    for name, (rows, length) in RANDOM_BATCHES.items():
+        ids = torch.randint(1, config.vocab_size, (rows, length), generator=generator)
         lengths = torch.linspace(length // 8, length, rows).long()
         mask = (torch.arange(length) < lengths[:, None]).long()
         batches[name] = {"input_ids": (ids * mask).to(device), "attention_mask": mask.to(device)}
-    return Source("random BERT", make, batches, [f"{RANDOM}: {why}"])
+    return Source("random BERT", make, batches, [f"random weights and token ids, because {why}"])
 
 
 class Bench:
@@ -97,6 +103,10 @@ class Bench:
             self.models = {"fasttx": patched, **self.models}
         else:
             run.skip("fasttx.patch on BERT", why)
+        for name, model in self.models.items():
+            runs = model.config._attn_implementation
+            if runs != name:
+                raise RuntimeError(f"the {name} model runs attention {runs!r}: nothing to compare")
 
     def verdicts(self, batch_name: str, gradients: bool) -> dict[str, Verdict]:
         """Errors of the visible hidden states, and for a step of every parameter's gradient.
