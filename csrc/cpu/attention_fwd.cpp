@@ -15,12 +15,13 @@ namespace {
 #if FASTTX_AVX512
 constexpr int NQ = 4;        // vectors of queries in a block
 constexpr int NK = 6;        // keys (or value columns) in a register tile of NQ vectors
-constexpr int NK_ONE = 16;   // and in a tile of one vector
+constexpr int NK_TWO = 8;    // in a tile of two or three
+constexpr int NK_ONE = 16;   // in a tile of one
 constexpr int BLOCK = 128;   // keys between two updates of the maximum
 #elif FASTTX_AVX2
-constexpr int NQ = 2, NK = 6, NK_ONE = 8, BLOCK = 128;
+constexpr int NQ = 2, NK = 6, NK_TWO = 6, NK_ONE = 8, BLOCK = 128;
 #else
-constexpr int NQ = 2, NK = 4, NK_ONE = 8, BLOCK = 128;
+constexpr int NQ = 2, NK = 4, NK_TWO = 4, NK_ONE = 8, BLOCK = 128;
 #endif
 constexpr int BQ = NQ * W;
 // Below this many keys K is copied with zero rows behind it, so that a tile may run over the end.
@@ -68,20 +69,46 @@ struct Tile {
 
 // ---- the two products ----
 
-template <bool PAIRS, int NV, int N>
-FASTTX_INLINE void multiply(vf (&c)[N][NV], const vf* a, const typename Element<PAIRS>::type* b,
-                            int64_t stride) {
+// N numbers (or bf16 pairs) `stride` elements apart. Four share a pointer, as many as one pointer can
+// address with the registers stride and 3 * stride.
+template <bool PAIRS, int N>
+struct Column {
+  typedef typename Element<PAIRS>::type KV;
+  const char* base[(N + 3) / 4];
+  int64_t stride, triple;
+
+  FASTTX_INLINE Column(const KV* p, int64_t elements) {
+    stride = elements * (int64_t)sizeof(KV);
+    triple = 3 * stride;
+    for (int n = 0; n < N; n += 4) base[n / 4] = (const char*)p + n * stride;
+  }
+  FASTTX_INLINE const void* operator[](int n) const {
+    const char* p = base[n / 4];
+    return n % 4 == 3 ? p + triple : p + n % 4 * stride;
+  }
+  FASTTX_INLINE void advance(int64_t bytes) {
+    FASTTX_UNROLL(4)
+    for (int i = 0; i < (N + 3) / 4; i++) {
+      base[i] += bytes;
+      asm("" : "+r"(base[i]));  // or the compiler keeps N pointers instead, and spills them
+    }
+  }
+};
+
+// c[n] += a * b[n], a: NV vectors.
+template <bool PAIRS, int NV, int N, class B>
+FASTTX_INLINE void multiply(vf (&c)[N][NV], const vf* a, const B& b) {
   vf x[NV];
   FASTTX_UNROLL(4)
   for (int v = 0; v < NV; v++) x[v] = a[v];
   FASTTX_UNROLL(16)
   for (int n = 0; n < N; n++) {
     if constexpr (PAIRS) {
-      const vi y = broadcast_pair(b + n * stride);
+      const vi y = broadcast_pair(b[n]);
       FASTTX_UNROLL(4)
       for (int v = 0; v < NV; v++) c[n][v] = dpbf16(c[n][v], (vi)x[v], y);
     } else {
-      const vf y = broadcast(b + n * stride);
+      const vf y = broadcast((const float*)b[n]);
       FASTTX_UNROLL(4)
       for (int v = 0; v < NV; v++) c[n][v] = fma(x[v], y, c[n][v]);
     }
@@ -96,8 +123,11 @@ FASTTX_INLINE void qk_tile(const vf* q, const typename Element<PAIRS>::type* k, 
   for (int n = 0; n < N; n++)
     FASTTX_UNROLL(4)
     for (int v = 0; v < NV; v++) c[n][v] = vf{};
-  for (int64_t x = 0; x < steps; x++)
-    multiply<PAIRS, NV, N>(c, q + x * NQ, k + x * (PAIRS ? 2 : 1), ldk);
+  Column<PAIRS, N> rows(k, ldk);
+  for (const vf* end = q + steps * NQ; q != end; q += NQ) {
+    multiply<PAIRS, NV, N>(c, q, rows);
+    rows.advance(4);
+  }
   FASTTX_UNROLL(4)
   for (int v = 0; v < NV; v++) {
     vf m = top[v];
@@ -118,17 +148,39 @@ __attribute__((noinline)) void qk_strip(const vf* q, const typename Element<PAIR
   vf m[NV];
   for (int v = 0; v < NV; v++) m[v] = top[v];
   int n = from;
-  for (; n + N <= to; n += N)
+  for (; n + N <= to && to - n != 8; n += N)
     qk_tile<PAIRS, NV, N>(q, k + (j0 + n) * ldk, ldk, steps, s + n * NQ, m);
+  for (; n + 4 <= to; n += 4)
+    qk_tile<PAIRS, NV, 4>(q, k + (j0 + n) * ldk, ldk, steps, s + n * NQ, m);
   if (n < to) {
     vf ignored[NV] = {};
-    const int last = j0 + to - N >= 0 ? to - N : n;
-    qk_tile<PAIRS, NV, N>(q, k + (j0 + last) * ldk, ldk, steps, s + last * NQ, ignored);
+    const int last = j0 + to - 4 >= 0 ? to - 4 : n;
+    qk_tile<PAIRS, NV, 4>(q, k + (j0 + last) * ldk, ldk, steps, s + last * NQ, ignored);
     for (; n < to; n++)
       for (int v = 0; v < NV; v++) m[v] = max(m[v], s[n * NQ + v]);
   }
   for (int v = 0; v < NV; v++) top[v] = m[v];
 }
+
+// The same for `vectors` <= NQ neighbouring vectors of queries, without the maximum.
+template <bool PAIRS>
+FASTTX_INLINE void qk_some(int vectors, const vf* q, const typename Element<PAIRS>::type* k,
+                           int64_t ldk, int64_t steps, vf* s, int64_t j0, int from, int to) {
+  vf ignored[NQ] = {};
+  if (vectors == 1)
+    qk_strip<PAIRS, 1, NK_ONE>(q, k, ldk, steps, s, j0, from, to, ignored);
+  else if (vectors == 2)
+    qk_strip<PAIRS, 2, NK_TWO>(q, k, ldk, steps, s, j0, from, to, ignored);
+  else if constexpr (NQ == 4)
+    vectors == 3 ? qk_strip<PAIRS, 3, NK_TWO>(q, k, ldk, steps, s, j0, from, to, ignored)
+                 : qk_strip<PAIRS, 4, NK>(q, k, ldk, steps, s, j0, from, to, ignored);
+}
+
+// Columns of a row: next to each other.
+struct Row {
+  const char* base;
+  FASTTX_INLINE const void* operator[](int n) const { return base + 4 * n; }
+};
 
 template <bool PAIRS, int NV, int N>
 FASTTX_INLINE void pv_tile(const vf* p, const typename Element<PAIRS>::type* v, int64_t ldv,
@@ -138,8 +190,11 @@ FASTTX_INLINE void pv_tile(const vf* p, const typename Element<PAIRS>::type* v, 
   for (int n = 0; n < N; n++)
     FASTTX_UNROLL(4)
     for (int i = 0; i < NV; i++) c[n][i] = vf{};
-  for (int64_t x = 0; x < steps; x++)
-    multiply<PAIRS, NV, N>(c, p + x * NQ, v + x * ldv * (PAIRS ? 2 : 1), PAIRS ? 2 : 1);
+  Row row = {(const char*)v};
+  for (const vf* end = p + steps * NQ; p != end; p += NQ) {
+    multiply<PAIRS, NV, N>(c, p, row);
+    row.base += ldv * 4;
+  }
   // Sums of a block are added to the total once: shorter chains, smaller error.
   FASTTX_UNROLL(16)
   for (int n = 0; n < N; n++)
@@ -155,7 +210,7 @@ __attribute__((noinline)) void pv_strip(const vf* p, const typename Element<PAIR
                                         const vf* alpha) {
   constexpr int G = PAIRS ? 2 : 1;
   int64_t d = 0;
-  for (; d + N <= Dv; d += N) pv_tile<PAIRS, NV, N>(p, v + d * G, ldv, steps, o + d * NQ, alpha);
+  for (; d + N <= Dv && Dv - d != 8; d += N) pv_tile<PAIRS, NV, N>(p, v + d * G, ldv, steps, o + d * NQ, alpha);
   for (; d + 4 <= Dv; d += 4) pv_tile<PAIRS, NV, 4>(p, v + d * G, ldv, steps, o + d * NQ, alpha);
   for (; d < Dv; d++) pv_tile<PAIRS, NV, 1>(p, v + d * G, ldv, steps, o + d * NQ, alpha);
 }
@@ -163,7 +218,7 @@ __attribute__((noinline)) void pv_strip(const vf* p, const typename Element<PAIR
 // ---- softmax ----
 
 // Probabilities 2^(s * scale - top) of rows [from, to); returns their sum in total.
-template <bool PAIRS, int DEGREE, int NV>
+template <bool PAIRS, int NV>
 FASTTX_INLINE void exp_rows(const vf* s, vf* p, int from, int to, vf scale, const vf* top, vf* total) {
   vf sum[NV];
   FASTTX_UNROLL(4)
@@ -173,9 +228,8 @@ FASTTX_INLINE void exp_rows(const vf* s, vf* p, int from, int to, vf scale, cons
     for (int k = from; k < to; k += 2) {
       FASTTX_UNROLL(4)
       for (int v = 0; v < NV; v++) {
-        const vf a = exp2<DEGREE>(fms(s[k * NQ + v], scale, top[v]));
-        const vf b = exp2<DEGREE>(fms(s[(k + 1) * NQ + v], scale, top[v]));
-        const vi x = pack_pair(a, b);
+        const vi x = exp2_pair(fms(s[k * NQ + v], scale, top[v]),
+                               fms(s[(k + 1) * NQ + v], scale, top[v]));
         sum[v] = dpbf16(sum[v], x, ones);
         p[k / 2 * NQ + v] = (vf)x;
       }
@@ -184,7 +238,7 @@ FASTTX_INLINE void exp_rows(const vf* s, vf* p, int from, int to, vf scale, cons
     for (int k = from; k < to; k++) {
       FASTTX_UNROLL(4)
       for (int v = 0; v < NV; v++) {
-        const vf a = exp2<DEGREE>(fms(s[k * NQ + v], scale, top[v]));
+        const vf a = exp2<6>(fms(s[k * NQ + v], scale, top[v]));
         sum[v] += a;
         p[k * NQ + v] = a;
       }
@@ -199,7 +253,6 @@ FASTTX_INLINE void exp_rows(const vf* s, vf* p, int from, int to, vf scale, cons
 template <class E, bool PAIRS>
 struct Forward {
   typedef typename Element<PAIRS>::type KV;
-  static constexpr int DEGREE = sizeof(E) == 2 && PAIRS ? 3 : 6;
   static constexpr int G = PAIRS ? 2 : 1;
 
   static void query_block(const Problem& p, const Head& h, const Bias& b, const Keys<KV>& kv,
@@ -273,11 +326,22 @@ struct Forward {
       for (int v = 0; v < NQ; v++) top[v] = m[v];
       if (from < to)
         qk_strip<PAIRS, NQ, NK>(t.q, kv.k, kv.ldk, steps, t.s, j0, from, to, top);
-      for (int x = 0; x < count; x++) {
-        const int v = segments[x].v, low = segments[x].from > first[v] ? segments[x].from : first[v];
-        const int high = segments[x].to < last[v] ? segments[x].to : last[v];
-        vf ignored = {};
-        qk_strip<PAIRS, 1, NK_ONE>(t.q + v, kv.k, kv.ldk, steps, t.s + v, j0, low, high, &ignored);
+      // Rows of the segments: stretches where the same vectors are wanted.
+      for (int k = 0; count && k < nk;) {
+        int next = nk, low = NQ, high = 0;
+        for (int x = 0; x < count; x++) {
+          const Segment& g = segments[x];
+          if (k < g.from) {
+            next = g.from < next ? g.from : next;
+          } else if (k < g.to) {
+            next = g.to < next ? g.to : next;
+            low = g.v < low ? g.v : low;
+            high = g.v + 1 > high ? g.v + 1 : high;
+          }
+        }
+        if (low < high)
+          qk_some<PAIRS>(high - low, t.q + low, kv.k, kv.ldk, steps, t.s + low, j0, k, next);
+        k = next;
       }
       if (!plain) {
         apply_logits<NQ>(p, h, b, t.s, i0, j0, nk);
@@ -311,10 +375,10 @@ struct Forward {
         l[v] = l[v] * alpha[v];
         m[v] = top[v];
       }
-      if (from < to) exp_rows<PAIRS, DEGREE, NQ>(t.s, t.p, from, to, scale, base, l);
+      if (from < to) exp_rows<PAIRS, NQ>(t.s, t.p, from, to, scale, base, l);
       for (int x = 0; x < count; x++) {
         const Segment g = segments[x];
-        exp_rows<PAIRS, DEGREE, 1>(t.s + g.v, t.p + g.v, g.from, g.to, scale, base + g.v, l + g.v);
+        exp_rows<PAIRS, 1>(t.s + g.v, t.p + g.v, g.from, g.to, scale, base + g.v, l + g.v);
       }
       if (p.dropout.threshold) {
         if constexpr (PAIRS)
@@ -345,9 +409,13 @@ struct Forward {
       const int n = (int)min64(W, rows - v * W);
       const vf scaled = set1(p.dropout.keep_scale) / l[v];
       const vf inverse = select(equal(l[v], vf{}), vf{}, scaled);
-      const vf base = select(equal(m[v], set1(-INF)), vf{}, m[v] * scale);
+      // lse = maximum + ln(l) with one rounding at its size: the backward's probabilities are no
+      // more exact than it is. l was summed relative to the rounded maximum * scale.
+      const vf top = select(equal(m[v], set1(-INF)), vf{}, m[v]);
+      const vf low = plain ? fnma(top, scale, top * scale) * LN2 : top * LN2_LOW;
+      const vf lse = fma(top, set1(plain ? p.scale : LN2), fma(log2(l[v]), set1(LN2), low));
       store_strided(at<float>(a.lse, h.batch, h.head, h.q0 + i0 + v * W), a.lse.strides[2],
-                    from_log2(base + log2(l[v])), n);
+                    select(equal(top, set1(LOWEST)), top, lse), n);
       if (!store_rows(a, h, i0 + v * W, n, p.Dv, t.o + v, inverse, true))
         careful(p, h, b, i0 + v * W, n, t);
     }
@@ -360,7 +428,9 @@ struct Forward {
                          const vf* o, vf inverse, bool expect_finite) {
     E* out = at<E>(a.out, h.batch, h.head, h.q0 + i);
     const int64_t row_stride = a.out.strides[2], column_stride = a.out.strides[3];
-    vi worst = {};
+    // A sum is not finite where an element is not.
+    const vi ones = set1i(0x3f803f80);
+    vf sum = {};
     int64_t d = 0;
     if constexpr (IsBf16<E>::value) {
       for (; expect_finite && column_stride == 1 && d + 2 * W <= Dv; d += 2 * W) {
@@ -368,8 +438,8 @@ struct Forward {
         FASTTX_UNROLL(16)
         for (int c = 0; c < W; c++) {
           const vf x = o[(d + 2 * c) * NQ] * inverse, y = o[(d + 2 * c + 1) * NQ] * inverse;
-          worst = max(worst, max((vi)x & 0x7fffffff, (vi)y & 0x7fffffff));
           t[c] = round_pair(x, y);
+          sum = dpbf16(sum, t[c], ones);
         }
         transpose(t);
         for (int r = 0; r < n; r++) store_int(out + r * row_stride + d, t[r]);
@@ -380,14 +450,14 @@ struct Forward {
       FASTTX_UNROLL(16)
       for (int c = 0; c < W; c++) {
         t[c] = d + c < Dv ? o[(d + c) * NQ] * inverse : vf{};
-        worst = max(worst, (vi)t[c] & 0x7fffffff);
+        sum += t[c];
       }
       transpose(t);
       const int columns = (int)min64(W, Dv - d);
       for (int r = 0; r < n; r++)
         store_strided(out + r * row_stride + d * column_stride, column_stride, t[r], columns);
     }
-    return !any(not_finite((vf)worst));
+    return !any(not_finite(sum));
   }
 
   // The output of W rows again, where a NaN or infinity came out: it may stem from a hidden row of V,
@@ -449,6 +519,30 @@ struct Forward {
   }
 
   // ---- all of it ----
+
+  static void prefetch_rows(const fasttx_tensor& x, const E* first, int64_t rows) {
+    const char* p = (const char*)first;
+    const int64_t width = x.sizes[3] * sizeof(E), stride = x.strides[2] * sizeof(E);
+    if (stride_of(x, 3) != 1) return;
+    for (int64_t r = 0; r < rows; r++, p += stride)
+      for (int64_t c = 0; c < width; c += 64) __builtin_prefetch(p + c, 0, 2);
+  }
+  // Asks for the memory of the queries after block i0, and for this block's share of the next key
+  // head, if short: otherwise short heads would wait for all of theirs.
+  static void prefetch(const Problem& p, const Head& h, int64_t i0, int64_t next) {
+    const fasttx_attention& a = *p.a;
+    if (i0 + BQ < h.S)
+      prefetch_rows(a.q, at<E>(a.q, h.batch, h.head, h.q0 + i0 + BQ), min64(BQ, h.S - i0 - BQ));
+    const int64_t group = p.H / p.G;
+    if (next >= p.sequences * p.G || (p.D + p.Dv) * h.T * (int64_t)sizeof(E) > 1 << 17) return;
+    const Head n = make_head(p, next / p.G, next % p.G * group);
+    if (i0 + BQ >= h.S && h.head % group == group - 1)
+      prefetch_rows(a.q, at<E>(a.q, n.batch, n.head, n.q0), min64(BQ, n.S));
+    const int64_t blocks = (h.S + BQ - 1) / BQ * group, block = i0 / BQ * group + h.head % group;
+    const int64_t from = n.T * block / blocks, rows = n.T * (block + 1) / blocks - from;
+    prefetch_rows(a.k, at<E>(a.k, n.batch, n.kv_head, n.k0 + from), rows);
+    prefetch_rows(a.v, at<E>(a.v, n.batch, n.kv_head, n.k0 + from), rows);
+  }
 
   static int64_t k_width(const Problem& p) { return round_up(p.D, G); }
   static bool packs_k(const Problem& p) {
@@ -558,7 +652,10 @@ struct Forward {
         for (int64_t head = first; head < first + group; head++) {
           const Head h = make_head(p, sequence, head);
           const Bias& b = bias_of(p, h, &t);
-          for (int64_t i0 = 0; i0 < h.S; i0 += BQ) query_block(p, h, b, kv, i0, t);
+          for (int64_t i0 = 0; i0 < h.S; i0 += BQ) {
+            prefetch(p, h, i0, item + workers);
+            query_block(p, h, b, kv, i0, t);
+          }
         }
       });
       return status;

@@ -53,6 +53,7 @@ struct f16 {
 constexpr float INF = __builtin_inff();
 constexpr float LOG2E = 1.44269504088896340736f;
 constexpr float LN2 = 0.69314718055994530942f;
+constexpr float LN2_LOW = -1.904654299957768e-9f;  // ln 2 - LN2
 
 FASTTX_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTTX_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -336,10 +337,16 @@ FASTTX_INLINE vi pack_pair(vf a, vf b) {
   return (vi)((x >> 16) | (y & 0xffff0000));
 #endif
 }
-// The same rounded to nearest even; finite values only.
+// The same rounded to nearest even; finite values only. vcvtne2ps2bf16 takes subnormals for 0.
 FASTTX_INLINE vi round_pair(vf a, vf b) {
+#if defined(__AVX512BF16__)
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  const __m512i order = _mm512_add_epi32((__m512i)(lane_index() * 0x10001), _mm512_set1_epi32(0x100000));
+  return (vi)_mm512_permutexvar_epi16(order, halves);
+#else
   const vu x = (vu)a + 0x7fff + (((vu)a >> 16) & 1), y = (vu)b + 0x7fff + (((vu)b >> 16) & 1);
   return (vi)((x >> 16) | (y & 0xffff0000));
+#endif
 }
 FASTTX_INLINE vf pair_low(vi p) { return (vf)((vu)p << 16); }
 FASTTX_INLINE vf pair_high(vi p) { return (vf)((vu)p & 0xffff0000); }
@@ -432,15 +439,19 @@ FASTTX_INLINE void transpose(vf* v) {
 // ---- 2^x, x <= about 127 ----
 
 // Minimax fits of 2^f on [-0.5, 0.5]: relative error 7.5e-5 (degree 3, for probabilities that are
-// rounded to bf16), 2.6e-6 (degree 4) and 1.9e-9 (degree 6). NaN stays NaN; x < -126 gives 0, -inf
-// included.
+// rounded to bf16), 2.6e-6 (degree 4) and 1.9e-9 (degree 6). NaN stays NaN, -inf gives 0, and so
+// does x < -150; between that and -126 the result is subnormal or 0.
 template <int DEGREE>
 FASTTX_INLINE vf exp2(vf x) {
   static_assert(DEGREE == 3 || DEGREE == 4 || DEGREE == 6);
+#if FASTTX_AVX512
+  const vf f = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);  // 0 for an infinity
+#else
   const vf shift = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const vf t = max(set1(-160.0f), x);
   const vf n = t + shift;
   const vf f = t - (n - shift);
+#endif
   vf p;
   if constexpr (DEGREE == 3) {
     p = set1(0.05517149f);
@@ -463,7 +474,7 @@ FASTTX_INLINE vf exp2(vf x) {
     p = fma(p, f, set1(1.0000000006f));
   }
 #if FASTTX_AVX512
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)(n - shift));
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)(x - f));
 #else
   const vf y = (vf)((vi)p + ((vi)n << 23));
   const vmask tiny = less(x, set1(-126.0f));
@@ -471,12 +482,42 @@ FASTTX_INLINE vf exp2(vf x) {
 #endif
 }
 
-// log2 of a positive finite number; relative error about 1e-7. log2(0) = -inf.
+// 2^a and 2^b, a, b <= about 127, as bf16 pairs; relative error 7.5e-5 before rounding.
+FASTTX_INLINE vi exp2_pair(vf a, vf b) {
+#if FASTTX_AVX512
+  // The fit on [0, 1), where 2^f in [1, 2) has bf16 steps of 2^-7: half a step is in the constant,
+  // so that the low bits need only be cut off.
+  vf p[2] = {a, b};
+  FASTTX_UNROLL(2)
+  for (int i = 0; i < 2; i++) {
+    const vf f = (vf)_mm512_reduce_ps((__m512)p[i], _MM_FROUND_TO_NEG_INF);
+    vf y = set1(0.07802427f);
+    y = fma(y, f, set1(0.22606752f));
+    y = fma(y, f, set1(0.69583342f));
+    y = fma(y, f, set1(0.99992523f + 0.00390625f));
+    p[i] = (vf)_mm512_scalef_ps((__m512)y, (__m512)p[i]);
+  }
+  return (vi)_mm512_mask_mov_epi16((__m512i)p[1], 0x55555555, (__m512i)((vu)p[0] >> 16));
+#else
+  return pack_pair(exp2<3>(a), exp2<3>(b));
+#endif
+}
+
+// log2 of x >= 0, subnormals taken for the smallest normal number; absolute error about 1e-7.
+// log2(0) = -inf, NaN stays NaN.
 FASTTX_INLINE vf log2(vf x) {
-  float t[W];
-  store(t, x);
-  for (int i = 0; i < W; i++) t[i] = __builtin_log2f(t[i]);
-  return load(t);
+  // x = 2^e m, m in [sqrt(1/2), sqrt(2)); log2(m) = 2 / ln 2 artanh((m - 1) / (m + 1))
+  const vi bits = (vi)max(set1(1.17549435e-38f), x);
+  const vi e = (bits - 0x3f3504f3) >> 23;
+  const vf m = (vf)(bits - (e << 23));
+  const vf r = (m - set1(1.0f)) / (m + set1(1.0f)), z = r * r;
+  vf p = set1(0.32059889f);
+  p = fma(p, z, set1(0.41219857f));
+  p = fma(p, z, set1(0.57707802f));
+  p = fma(p, z, set1(0.96179669f));
+  p = fma(p, z, set1(2.8853901f));
+  const vf y = fma(p, r, __builtin_convertvector(e, vf));
+  return select(equal(x, vf{}), set1(-INF), select(less(x, set1(INF)), y, x));
 }
 
 // tanh with relative error about 2e-7; NaN stays NaN.
