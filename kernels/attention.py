@@ -11,6 +11,7 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 
+from .attention_bwd import backward_calls
 from .common import (
     LN2,
     any_nonfinite,
@@ -34,8 +35,7 @@ from .common import (
     visible_keys,
     zero_nonfinite,
 )
-from .attention_bwd import backward_calls
-from .launch import Call, device_arch
+from .launch import UNSPECIALIZED, Call, device_arch
 from .plan import Plan
 
 
@@ -124,12 +124,7 @@ def _fwd_careful(out, lse, out_stride, queries, q_stride, keys, values, k_stride
     _fwd_store(out, lse, out_stride, acc, total, peak, first, rows, keep_scale, F, ROWS)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "heads", "group", "S", "T", "sequences", "tiles", "pairs", "section", "left", "right",
-        "bias_shift", "reach", "threshold",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_fwd_kernel(
     out, lse, out_stride, tiles, pairs, section,
     q, k, v, mask, slopes, positions, diagonals, cu_q, cu_k, seed,
@@ -183,18 +178,18 @@ def attention_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for index in range(0, full_count(ranges)):
+    for index in range(full_count(ranges)):
         block = full_block(index, ranges)
         far = tl.where(block < ranges[2], far_lo, far_hi)
         acc, total, peak = _fwd_step(
-            acc, total, peak, q_rows, k_base, v_base, block * F.BLOCK_N, first, shape, scale, cap, masking,
-            bias, far, dropout, kv_strides[0], kv_strides[1], F, False, False,
+            acc, total, peak, q_rows, k_base, v_base, block * F.BLOCK_N, first, shape, scale, cap,
+            masking, bias, far, dropout, kv_strides[0], kv_strides[1], F, False, False,
             BLOCK_M, F.BLOCK_N)  # fmt: skip
     if F.EDGE:
-        for index in range(0, edge_count(ranges)):
+        for index in range(edge_count(ranges)):
             acc, total, peak = _fwd_step(
-                acc, total, peak, q_rows, k_base, v_base, edge_block(index, ranges) * F.BLOCK_N, first, shape,
-                scale, cap, masking, bias, 0.0, dropout, kv_strides[0], kv_strides[1], F, True,
+                acc, total, peak, q_rows, k_base, v_base, edge_block(index, ranges) * F.BLOCK_N,
+                first, shape, scale, cap, masking, bias, 0.0, dropout, kv_strides[0], kv_strides[1], F, True,
                 False, BLOCK_M, F.BLOCK_N)  # fmt: skip
     out_base = head_base(out, out_stride, memory, head, row0)
     lse_base = lse + (memory * heads + head) * S + row0

@@ -282,11 +282,11 @@ def load_rows(base, first, limit, stride, width: tl.constexpr, ROWS: tl.constexp
     base += first.to(tl.int64) * stride[0]
     pointers = base + (r[:, None] * stride[0] + c[None, :] * stride[1])
     if CHECK:
-        if COLS == width:
+        if width == COLS:
             return tl.load(pointers, mask=inside_rows, other=0.0)
         else:
             return tl.load(pointers, mask=inside_rows & inside_cols, other=0.0)
-    elif COLS == width:
+    elif width == COLS:
         return tl.load(pointers)
     else:
         return tl.load(pointers, mask=inside_cols, other=0.0)
@@ -406,3 +406,26 @@ def nonfinite_reaching(visible, x, F: tl.constexpr):
     plus = tl.where((met & 255) > 0, float("inf"), 0.0)
     minus = tl.where((met >> 8) > 0, float("-inf"), 0.0)
     return tl.where(met < 0, float("nan"), plus + minus)
+
+
+# lse rounds to its own magnitude. In fp32, and beyond this magnitude under a float mask (where a
+# row may hold one huge number), rows get their sums computed anew, as two numbers.
+LSE_TRUSTED = tl.constexpr(256.0)
+
+
+@triton.jit
+def row_statistics(shift, log_total, i, rows, F: tl.constexpr):
+    """Per row what p = exp(x - shift) / 2^log_total needs, +inf for rows outside."""
+    peak = tl.load(shift + i, mask=i < rows, other=float("inf"))
+    if F.NATURAL:
+        return peak, tl.load(log_total + i, mask=i < rows, other=0.0)
+    else:
+        return tl.where(peak == float("-inf"), float("inf"), peak * LOG2E), peak
+
+
+@triton.jit
+def probability(x, peak, log_total, F: tl.constexpr):
+    if F.NATURAL:
+        return tl.exp2((x - peak) * LOG2E - log_total)
+    else:
+        return tl.exp2(x - peak)

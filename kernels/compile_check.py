@@ -171,7 +171,9 @@ def check(job) -> list[dict]:
         try:
             compiled = compile_call(call, TARGETS[arch])
         except Exception as error:
-            rows.append({**row, "error": f"{type(error).__name__}: {error.__cause__ or error}"[-600:]})
+            rows.append(
+                {**row, "error": f"{type(error).__name__}: {error.__cause__ or error}"[-600:]}
+            )
             continue
         resources = _nvidia_resources if TARGETS[arch][0] == "cuda" else _amd_resources
         row.update(

@@ -10,6 +10,28 @@ from typing import Any
 
 import torch
 
+# Integer arguments that kernels are not compiled anew for, whatever their value.
+UNSPECIALIZED = [
+    "S",
+    "T",
+    "batch_sum",
+    "bias_shift",
+    "column_tiles",
+    "first_bucket",
+    "group",
+    "head_sum",
+    "heads",
+    "kept_heads",
+    "left",
+    "pairs",
+    "reach",
+    "right",
+    "section",
+    "sequences",
+    "threshold",
+    "tiles",
+]
+
 
 @dataclass(frozen=True)
 class Features:

@@ -28,9 +28,7 @@ def expand_table_kernel(
         mask=t < count,
         other=0.0,
     )
-    tl.store(
-        diagonals + head.to(tl.int64) * count + t, value.to(tl.float32) * unit, mask=t < count
-    )
+    tl.store(diagonals + head.to(tl.int64) * count + t, value.to(tl.float32) * unit, mask=t < count)
 
 
 def _broadcast_strides(x: torch.Tensor, rank: int) -> tuple:

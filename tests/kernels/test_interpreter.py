@@ -1,12 +1,11 @@
 """The corrections of fasttx/kernels/interpreter.py: what runs here is what a GPU computes."""
 
+import fasttx.kernels.common  # noqa: F401  applies the corrections
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
-
-import fasttx.kernels.common  # noqa: F401  applies the corrections
 from fasttx.kernels.interpreter import convert_bits
 
 

@@ -1,0 +1,76 @@
+"""Every Triton kernel compiled ahead of time for GPUs that are not there."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from fasttx.kernels.compile_check import TARGETS
+
+SIXTEEN_BIT_MATRIX = {"sm80": "mma", "sm90": "wgmma", "sm100": "tcgen05", "gfx942": "mfma"}
+
+
+def compiled(*arguments):
+    """The rows of compile_check, run apart: under the interpreter kernels cannot be compiled."""
+    environment = dict(os.environ, TRITON_INTERPRET="0", TRITON_DEFAULT_FP_FUSION="1")
+    done = subprocess.run(
+        [sys.executable, "-m", "fasttx.kernels.compile_check", "--jobs", "2", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def label(row):
+    return f"{row['kernel']} on {row['arch']}, {row['config']}, tile {row['tile']}"
+
+
+def assert_sound(rows):
+    """Compiles, spills nothing, fits in shared memory, and uses the matrix unit it should."""
+    faults = []
+    for row in rows:
+        if "error" in row:
+            faults.append(f"{label(row)}: {row['error']}")
+            continue
+        if row["spills"]:
+            faults.append(f"{label(row)}: spills {row['spills']} bytes")
+        if row["shared"] > row["limit"]:
+            faults.append(f"{label(row)}: {row['shared']} bytes of shared memory")
+        if row["kernel"] == "expand_table_kernel":
+            continue
+        config = row["config"]
+        fp32 = config.get("dtype") == "fp32"
+        if fp32 and bool(row["tf32"]) != bool(config.get("tf32")):
+            faults.append(f"{label(row)}: {row['tf32']} TF32 instructions")
+        if not fp32 and not row[SIXTEEN_BIT_MATRIX[row["arch"]]]:
+            faults.append(f"{label(row)}: no {SIXTEEN_BIT_MATRIX[row['arch']]} instruction")
+    assert not faults, "\n".join(faults)
+
+
+@pytest.fixture(scope="session")
+def rows():
+    return compiled()
+
+
+def test_every_kernel_and_target_is_compiled(rows):
+    kernels = {row["kernel"] for row in rows if row["arch"] == "sm90"}
+    assert kernels == {
+        "expand_table_kernel",
+        "attention_fwd_kernel",
+        "attention_bwd_rows_kernel",
+        "attention_bwd_columns_kernel",
+        "attention_bwd_mask_kernel",
+    }
+    assert {row["arch"] for row in rows} == set(TARGETS)
+
+
+def test_kernels_are_sound(rows):
+    assert_sound(rows)
+
+
+@pytest.mark.slow
+def test_every_configuration_is_sound():
+    assert_sound(compiled("--all"))
