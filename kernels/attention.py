@@ -189,8 +189,8 @@ def attention_fwd_kernel(
         for index in range(edge_count(ranges)):
             acc, total, peak = _fwd_step(
                 acc, total, peak, q_rows, k_base, v_base, edge_block(index, ranges) * F.BLOCK_N,
-                first, shape, scale, cap, masking, bias, 0.0, dropout, kv_strides[0], kv_strides[1], F, True,
-                False, BLOCK_M, F.BLOCK_N)  # fmt: skip
+                first, shape, scale, cap, masking, bias, 0.0, dropout, kv_strides[0], kv_strides[1],
+                F, True, False, BLOCK_M, F.BLOCK_N)  # fmt: skip
     out_base = head_base(out, out_stride, memory, head, row0)
     lse_base = lse + (memory * heads + head) * S + row0
     out_strides = (out_stride[2], out_stride[3])

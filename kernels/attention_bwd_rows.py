@@ -255,8 +255,8 @@ def attention_bwd_rows_kernel(
             acc, row_sum, low_sum, high_sum, buckets = _rows_step(
                 acc, row_sum, low_sum, high_sum, buckets, q_rows, dout_rows, peak, log_sum,
                 delta_rows, k_base, v_base, block * F.BLOCK_N, first, shape, scale, cap, masking,
-                bias, far_lo, far_hi, block < ranges[2], dropout, keep_scale, k_strides, v_strides, lut,
-                first_bucket, F, False, False, BLOCK_M, F.BLOCK_N)  # fmt: skip
+                bias, far_lo, far_hi, block < ranges[2], dropout, keep_scale, k_strides, v_strides,
+                lut, first_bucket, F, False, False, BLOCK_M, F.BLOCK_N)  # fmt: skip
         if F.EDGE:
             for index in range(edge_count(ranges)):
                 acc, row_sum, low_sum, high_sum, buckets = _rows_step(

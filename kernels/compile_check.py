@@ -1,8 +1,8 @@
 """Compile the Triton kernels ahead of time for GPUs that are not there, and report what came out.
 
-    TRITON_INTERPRET=0 python -m fasttx.kernels.compile_check [--jobs N] [--all]
+    TRITON_INTERPRET=0 python -m fasttx.kernels.compile_check [--jobs N] [--all] [--arch A]
 
-One JSON row a kernel and target: registers, spills, shared memory, the matrix instructions used.
+One JSON row a kernel and target: registers, bytes spilled, shared memory, matrix instructions.
 The calls are the launchers' own, made from meta tensors, so what is compiled is what would run.
 """
 
@@ -59,9 +59,19 @@ def meta_arguments(dtype="bf16", B=2, H=8, G=8, S=1024, T=1024, D=64, DV=None, m
 
 def calls_of(arch: str, direction: str, config: dict) -> list:
     """The kernel calls that one configuration launches."""
+    config = dict(config)
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    switch.fp32_precision = "tf32" if config.pop("tf32", False) else "ieee"
+    try:
+        return _calls_of(arch, direction, *meta_arguments(**config))
+    finally:
+        switch.fp32_precision = before
+
+
+def _calls_of(arch: str, direction: str, tensors: list, scalars: list) -> list:
     from . import attention, attention_bwd
 
-    tensors, scalars = meta_arguments(**config)
     q, k, v = tensors[:3]
     out = q.new_empty(q.size(0), q.size(2), q.size(1), v.size(3)).transpose(1, 2)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -192,11 +202,50 @@ def run(jobs: list, workers: int):
             yield from rows
 
 
+_KEYS_MASK = {"mask": (2, 1, 1, 1000), "T": 1000}
+_PAIRS_MASK = {"mask": (1, 8, 1024, 1024), "mask_dtype": "bf16"}
+_EVERYTHING = _PAIRS_MASK | {"dropout": 0.1, "softcap": 5.0, "right": 0, "alibi": True}
+
+# Run by the tests: each kernel on each target, each feature on one.
+REPRESENTATIVE = [
+    *((arch, direction, {"right": 0}) for arch in TARGETS for direction in ("fwd", "bwd")),
+    ("sm90", "fwd", {}),
+    ("sm90", "bwd", _KEYS_MASK | {"dropout": 0.1}),
+    ("sm90", "bwd", {"table": True, "dropout": 0.1}),
+    ("sm90", "bwd", _PAIRS_MASK),
+    ("sm90", "fwd", {"D": 128, "packed": True, "right": 0, "lower_right": True}),
+    ("sm90", "fwd", {"D": 40, "dtype": "fp32", "right": 0}),
+    ("sm90", "fwd", {"D": 40, "dtype": "fp32", "tf32": True}),
+]
+
+
+def every_job():
+    """All targets, dtypes and head widths, plain and with all features: over an hour of compiling
+    on two cores."""
+    for arch in TARGETS:
+        for dtype in DTYPES:
+            for D in (64, 128, 256):
+                for config in (
+                    {},
+                    {"right": 0},
+                    {"left": 128, "right": 0, "packed": True},
+                    _KEYS_MASK | {"dropout": 0.1},
+                    {"table": True, "dropout": 0.1},
+                    _EVERYTHING,
+                ):
+                    for direction in ("fwd", "bwd"):
+                        yield arch, direction, {"dtype": dtype, "D": D, **config}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2, help="worker processes")
+    parser.add_argument("--all", action="store_true", help="every target, dtype, width, feature")
+    parser.add_argument("--arch", choices=TARGETS, help="this target only")
     options = parser.parse_args()
-    for row in run([], options.jobs):
+    jobs = list(every_job()) if options.all else REPRESENTATIVE
+    jobs = [job for job in jobs if options.arch in (None, job[0])]
+    for row in run(jobs, options.jobs):
         print(json.dumps(row), flush=True)
 
 

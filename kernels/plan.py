@@ -154,7 +154,9 @@ class Plan:
         wanted = {
             "band": f.HAS_LEFT or f.HAS_RIGHT,
             "mask": f.MASK != "none",
-            "bias": f.BIAS != "none",
+            "pairs": f.MASK != "none" and f.MASK_AXES == "ij",
+            "alibi": f.BIAS in ("alibi", "alibi_positions"),
+            "table": f.BIAS == "table",
             "softcap": f.SOFTCAP,
             "dropout": f.DROPOUT,
         }

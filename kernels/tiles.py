@@ -1,6 +1,11 @@
-"""Tile shapes of the attention kernels: a pure function of the call over committed data."""
+"""Tile shapes of the attention kernels: a pure function of the call over committed data.
 
-from dataclasses import dataclass
+The table holds, for each kernel, architecture and padded head width, the largest tile found to
+compile without spilling at three levels of features. `python -m fasttx.kernels.compile_check`
+compiles every entry; none of them has been tuned by running.
+"""
+
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -11,9 +16,7 @@ class Tile:
     num_stages: int
 
 
-def pick_tile(kernel, arch, itemsize, width, queries, keys, features=frozenset()):
-    return Tile(64, 64, 4, 2)
-
+FEATURES = frozenset({"band", "mask", "pairs", "alibi", "table", "softcap", "dropout"})
 
 # Shared memory that one block may use, in bytes.
 SHARED_BYTES = {
@@ -30,3 +33,239 @@ SHARED_BYTES = {
     "gfx942": 64 << 10,
     "gfx950": 160 << 10,
 }
+_UNKNOWN_SHARED_BYTES = 64 << 10
+
+# The architecture whose matrix instructions, hence register use, are alike.
+_LIKE = {
+    "sm90": "sm90",
+    "sm100": "sm100",
+    "sm103": "sm100",
+    "gfx90a": "gfx942",
+    "gfx942": "gfx942",
+    "gfx950": "gfx942",
+}
+
+_INTERPRETER = Tile(64, 64, 4, 1)
+
+# 16-bit operands: kernel -> architecture -> head width -> tiles of the levels light, dropout and
+# heavy, each (block_m, block_n, num_warps, num_stages); one tile stands for all three.
+_TILES_16 = {
+    "fwd": {
+        "sm80": {
+            64: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)),
+            128: ((64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
+            256: ((64, 64, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+        },
+        "sm90": {
+            64: ((128, 64, 8, 2),),
+            128: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)),
+            256: ((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+        },
+        "sm100": {
+            64: ((64, 64, 4, 2),),
+            128: ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+            256: ((64, 64, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+        },
+        "gfx942": {
+            64: ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+            128: ((128, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
+            256: ((64, 32, 8, 2), (32, 32, 4, 1), (32, 32, 4, 1)),
+        },
+    },
+    "rows": {
+        "sm80": {
+            64: ((128, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+            128: ((64, 64, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+            256: ((64, 32, 8, 2), (32, 32, 4, 1), (16, 16, 4, 1)),
+        },
+        "sm90": {
+            64: ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+            128: ((64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 1)),
+            256: ((32, 32, 8, 2), (32, 32, 4, 1), (16, 16, 4, 1)),
+        },
+        "sm100": {
+            64: ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+            128: ((64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 1)),
+            256: ((64, 32, 8, 2), (32, 32, 4, 1), (16, 16, 4, 1)),
+        },
+        "gfx942": {
+            64: ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+            128: ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+            256: ((32, 16, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1)),
+        },
+    },
+    "rows_table": {
+        "sm80": {
+            64: ((32, 32, 4, 2),),
+            128: ((32, 32, 4, 1),),
+            256: ((16, 16, 4, 1),),
+        },
+        "sm90": {
+            64: ((32, 32, 4, 2),),
+            128: ((32, 32, 4, 1),),
+            256: ((16, 16, 4, 1),),
+        },
+        "sm100": {
+            64: ((32, 32, 4, 2),),
+            128: ((32, 32, 4, 1),),
+            256: ((16, 16, 4, 1),),
+        },
+        "gfx942": {
+            64: ((64, 64, 4, 2),),
+            128: ((32, 32, 4, 1),),
+            256: ((16, 16, 4, 1),),
+        },
+    },
+    "columns": {
+        "sm80": {
+            64: ((32, 64, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2)),
+            128: ((64, 64, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+            256: ((32, 32, 8, 2), (16, 32, 4, 1), (16, 16, 4, 1)),
+        },
+        "sm90": {
+            64: ((64, 128, 8, 2), (64, 128, 8, 2), (32, 32, 4, 2)),
+            128: ((32, 128, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+            256: ((32, 32, 8, 2), (16, 32, 4, 1), (16, 16, 4, 1)),
+        },
+        "sm100": {
+            64: ((64, 128, 8, 2), (64, 128, 8, 2), (32, 32, 4, 2)),
+            128: ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+            256: ((32, 32, 8, 2), (16, 32, 4, 1), (16, 16, 4, 1)),
+        },
+        "gfx942": {
+            64: ((32, 64, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2)),
+            128: ((32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 4, 1)),
+            256: ((16, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1)),
+        },
+    },
+    "mask": {
+        "sm80": {
+            64: ((64, 64, 4, 1),),
+            128: ((32, 32, 4, 1),),
+            256: ((32, 32, 4, 1),),
+        },
+        "sm90": {
+            64: ((64, 64, 4, 1),),
+            128: ((32, 32, 4, 1),),
+            256: ((32, 32, 4, 1),),
+        },
+        "sm100": {
+            64: ((64, 64, 4, 1),),
+            128: ((32, 32, 4, 1),),
+            256: ((32, 32, 4, 1),),
+        },
+        "gfx942": {
+            64: ((64, 64, 4, 1),),
+            128: ((32, 32, 4, 1),),
+            256: ((32, 32, 4, 1),),
+        },
+    },
+}
+
+# fp32 operands, on any architecture: kernel -> head width -> tiles of the levels light, heavy.
+_TILES_32 = {
+    "fwd": {
+        64: ((32, 32, 4, 1), (32, 16, 4, 1)),
+        128: ((32, 16, 4, 1), (16, 16, 4, 1)),
+        256: ((16, 16, 4, 1),),
+    },
+    "rows": {
+        64: ((32, 32, 4, 1), (32, 16, 4, 1)),
+        128: ((32, 16, 4, 1), (16, 16, 4, 1)),
+        256: ((16, 16, 4, 1),),
+    },
+    "rows_table": {
+        64: ((32, 32, 4, 1),),
+        128: ((16, 16, 4, 1),),
+        256: ((16, 16, 4, 1),),
+    },
+    "columns": {
+        64: ((32, 32, 4, 1), (16, 32, 4, 1)),
+        128: ((16, 32, 4, 1), (16, 16, 4, 1)),
+        256: ((16, 16, 4, 1),),
+    },
+    "mask": {
+        64: ((32, 32, 4, 1),),
+        128: ((16, 16, 4, 1),),
+        256: ((16, 16, 4, 1),),
+    },
+}
+
+
+def level(features: frozenset) -> str:
+    """How much a tile must hold besides its products."""
+    if features & {"pairs", "table", "softcap"}:
+        return "heavy"
+    return "dropout" if "dropout" in features else "light"
+
+
+def shared_bytes(kernel: str, tile: Tile, itemsize: int, width: int, features: frozenset) -> int:
+    """Shared memory a kernel may take with this tile, from above.
+
+    Operands that stay (in registers where fp32 is multiplied), operands that stream through
+    num_stages buffers, and a tile's own values where they change layout.
+    """
+    m, n = tile.block_m, tile.block_n
+    stays, streams = {
+        "fwd": (m, 2 * n),
+        "rows": (2 * m, 2 * n),
+        "rows_table": (2 * m, 2 * n),
+        "columns": (2 * n, 2 * m),
+        "mask": (m + n, m + n),
+    }[kernel]
+    streams *= tile.num_stages
+    operands = (max(stays, streams) if itemsize == 4 else stays + streams) * width * itemsize
+    return operands + m * n * (12 if level(features) == "heavy" else 8) + 1024
+
+
+def _power_of_2_from(length: int, least: int) -> int:
+    return max(least, 1 << max(length - 1, 0).bit_length())
+
+
+def pick_tile(
+    kernel: str,
+    arch: str,
+    itemsize: int,
+    width: int,
+    queries: int,
+    keys: int,
+    features: frozenset = frozenset(),
+) -> Tile:
+    """The tile of a kernel ("fwd", "rows", "rows_table", "columns", "mask").
+
+    width is the head size padded to a power of two, of keys or values, the greater; queries and
+    keys are the lengths, or at least the longest possible, and features is from FEATURES.
+    """
+    wide = max(64, width)
+    if itemsize == 4:
+        tiles = _TILES_32[kernel][wide]
+        chosen = tiles[0 if level(features) == "light" else -1]
+    else:
+        tiles = _TILES_16[kernel][_LIKE.get(arch, "sm80")][wide]
+        chosen = tiles[min(("light", "dropout", "heavy").index(level(features)), len(tiles) - 1)]
+    tile = _INTERPRETER if arch == "interpreter" else Tile(*chosen)
+    if kernel == "rows_table":
+        side = min(tile.block_m, tile.block_n)
+        tile = replace(tile, block_m=side, block_n=side)
+    else:
+        tile = replace(
+            tile,
+            block_m=min(tile.block_m, _power_of_2_from(queries, 32)),
+            block_n=min(tile.block_n, _power_of_2_from(keys, 32)),
+        )
+    return _fit(kernel, arch, itemsize, width, features, tile)
+
+
+def _fit(kernel, arch, itemsize, width, features, tile):
+    """The tile with fewer stages, then smaller blocks, until it fits the architecture."""
+    limit = SHARED_BYTES.get(arch, _UNKNOWN_SHARED_BYTES)
+    while shared_bytes(kernel, tile, itemsize, width, features) > limit:
+        if tile.num_stages > 1:
+            tile = replace(tile, num_stages=tile.num_stages - 1)
+        elif kernel == "rows_table":
+            tile = replace(tile, block_m=tile.block_m // 2, block_n=tile.block_n // 2)
+        elif tile.block_m >= tile.block_n:
+            tile = replace(tile, block_m=tile.block_m // 2)
+        else:
+            tile = replace(tile, block_n=tile.block_n // 2)
+    return tile

@@ -1,0 +1,31 @@
+"""The Triton kernels of cross_entropy on GPUs that are not there: they compile, nothing spills.
+
+Their numbers are checked with the op's (tests/ops/test_cross_entropy.py), under the interpreter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from fasttx.kernels.compile_check import TARGETS
+
+KERNELS = {"_norm", "_forward", "_reduce", "_backward", "_rescale"}
+
+
+@pytest.mark.slow
+def test_compiles_ahead_of_time():
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.cross_entropy_compile"],
+        capture_output=True, text=True, env=env,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["arch"] for row in rows} == set(TARGETS)
+    assert {row["kernel"] for row in rows} == KERNELS
+    for row in rows:
+        assert row["spills"] == 0, row
+        assert row["shared"] <= row["limit"], row
+        assert row["registers"] <= 128, row
