@@ -3,7 +3,15 @@ patch of existing models."""
 
 from .explain import explain
 from .integrations.hf import patch, unpatch
-from .ops import ALiBi, RelativePositionBias, attention
+from .ops import ALiBi, RelativePositionBias, attention, cross_entropy
 
 __version__ = "0.1.0"
-__all__ = ["ALiBi", "RelativePositionBias", "attention", "explain", "patch", "unpatch"]
+__all__ = [
+    "ALiBi",
+    "RelativePositionBias",
+    "attention",
+    "cross_entropy",
+    "explain",
+    "patch",
+    "unpatch",
+]

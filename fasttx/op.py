@@ -153,8 +153,9 @@ class Op:
         kernel, device = self.pick(args, backend), args[0].device
         with torch.cuda.device(device) if device.type == "cuda" else _NO_GUARD:
             outputs = self.alloc(*args)
-            filled = outputs if isinstance(outputs, tuple) else (outputs,)
-            if allocation_hook is not None:
+            nothing = outputs is None
+            filled = outputs if isinstance(outputs, tuple) else () if nothing else (outputs,)
+            if allocation_hook is not None and not nothing:
                 filled = allocation_hook(filled)
                 outputs = filled if isinstance(outputs, tuple) else filled[0]
             kernel.function(*filled, *args)

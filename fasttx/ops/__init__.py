@@ -2,5 +2,6 @@
 autograd, the public function."""
 
 from .attention import ALiBi, RelativePositionBias, attention
+from .cross_entropy import cross_entropy
 
-__all__ = ["ALiBi", "RelativePositionBias", "attention"]
+__all__ = ["ALiBi", "RelativePositionBias", "attention", "cross_entropy"]
