@@ -35,8 +35,13 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
     token = captured.set(calls)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            tensors = lambda x: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x  # noqa: E731
-            function(*map(tensors, args), **{k: tensors(v) for k, v in kwargs.items()})
+
+            def fake(x):
+                if not isinstance(x, torch.Tensor):
+                    return x
+                return mode.from_tensor(x.detach().requires_grad_(x.requires_grad))
+
+            function(*map(fake, args), **{k: fake(v) for k, v in kwargs.items()})
     finally:
         captured.reset(token)
     rows = []
@@ -64,17 +69,21 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
 
 
 def support_table() -> str:
-    """Markdown: op, direction, device, backend, dtypes, from the data that picks kernels."""
-    lines = [
-        "| op | direction | device | backend | dtypes | limits |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    """Markdown: op, device, backend, direction, dtypes, from the data that picks kernels."""
+    directions: dict[tuple, list[str]] = {}
     for op in OPS.values():
-        direction = {"fwd": "forward", "bwd": "backward"}.get(op.name.rpartition("_")[2], op.name)
+        suffix = op.name.removeprefix(op.public + "_")
+        direction = {"fwd": "forward", "bwd": "backward", "inplace": "in place"}.get(suffix, suffix)
         for device, table in op.tables.items():
             for kernel in table:
-                row = (op.public, direction, device, kernel.backend, *_summary(kernel.needs))
-                lines.append("| " + " | ".join(row) + " |")
+                row = (op.public, device, kernel.backend, *_summary(kernel.needs))
+                directions.setdefault(row, []).append(direction)
+    lines = [
+        "| op | device | backend | direction | dtypes | limits |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for (*names, dtypes, limits), both in sorted(directions.items(), key=lambda row: row[0][:2]):
+        lines.append("| " + " | ".join((*names, ", ".join(both), dtypes, limits)) + " |")
     return "\n".join(lines)
 
 
