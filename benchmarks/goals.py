@@ -128,6 +128,7 @@ ERRORS = tuple(
         ((1, 2, 512, 128), True, limits[0]),
         ((1, 1, 2048, 64), False, limits[1]),
         ((1, 1, 2048, 64), True, limits[1]),
+        ((1, 1, 4096, 64), False, limits[1]),
         ((1, 1, 4096, 128), True, limits[1]),
     )
 )
