@@ -140,24 +140,24 @@ _TILES_16 = {
     },
     "mask": {
         "sm80": {
-            64: ((64, 64, 4, 1),),
-            128: ((32, 32, 4, 1),),
-            256: ((32, 32, 4, 1),),
+            64: ((64, 32, 8, 1),),
+            128: ((64, 32, 8, 1),),
+            256: ((32, 32, 8, 1),),
         },
         "sm90": {
-            64: ((64, 64, 4, 1),),
-            128: ((32, 32, 4, 1),),
-            256: ((32, 32, 4, 1),),
+            64: ((64, 32, 8, 1),),
+            128: ((64, 32, 8, 1),),
+            256: ((32, 32, 8, 1),),
         },
         "sm100": {
-            64: ((64, 64, 4, 1),),
-            128: ((32, 32, 4, 1),),
-            256: ((32, 32, 4, 1),),
+            64: ((64, 32, 8, 1),),
+            128: ((64, 32, 8, 1),),
+            256: ((32, 32, 8, 1),),
         },
         "gfx942": {
-            64: ((64, 64, 4, 1),),
-            128: ((32, 32, 4, 1),),
-            256: ((32, 32, 4, 1),),
+            64: ((64, 32, 8, 1),),
+            128: ((64, 32, 8, 1),),
+            256: ((32, 32, 8, 1),),
         },
     },
 }
@@ -165,29 +165,29 @@ _TILES_16 = {
 # fp32 operands, on any architecture: kernel -> head width -> tiles of the levels light, heavy.
 _TILES_32 = {
     "fwd": {
-        64: ((32, 32, 4, 1), (32, 16, 4, 1)),
-        128: ((32, 16, 4, 1), (16, 16, 4, 1)),
-        256: ((16, 16, 4, 1),),
+        64: ((32, 32, 8, 1), (16, 16, 8, 1)),
+        128: ((16, 16, 4, 1), (16, 16, 8, 1)),
+        256: ((16, 16, 8, 1),),
     },
     "rows": {
-        64: ((32, 32, 4, 1), (32, 16, 4, 1)),
-        128: ((32, 16, 4, 1), (16, 16, 4, 1)),
-        256: ((16, 16, 4, 1),),
+        64: ((16, 16, 4, 1), (16, 16, 8, 1)),
+        128: ((16, 16, 4, 1), (16, 16, 8, 1)),
+        256: ((16, 16, 8, 1),),
     },
     "rows_table": {
-        64: ((32, 32, 4, 1),),
-        128: ((16, 16, 4, 1),),
-        256: ((16, 16, 4, 1),),
+        64: ((16, 16, 8, 1),),
+        128: ((16, 16, 8, 1),),
+        256: ((16, 16, 8, 1),),
     },
     "columns": {
-        64: ((32, 32, 4, 1), (16, 32, 4, 1)),
-        128: ((16, 32, 4, 1), (16, 16, 4, 1)),
-        256: ((16, 16, 4, 1),),
+        64: ((16, 16, 4, 1), (16, 16, 8, 1)),
+        128: ((16, 16, 4, 1), (16, 16, 8, 1)),
+        256: ((16, 16, 8, 1),),
     },
     "mask": {
-        64: ((32, 32, 4, 1),),
-        128: ((16, 16, 4, 1),),
-        256: ((16, 16, 4, 1),),
+        64: ((16, 16, 8, 1),),
+        128: ((16, 16, 8, 1),),
+        256: ((16, 16, 8, 1),),
     },
 }
 
@@ -199,11 +199,13 @@ def level(features: frozenset) -> str:
     return "dropout" if "dropout" in features else "light"
 
 
-def shared_bytes(kernel: str, tile: Tile, itemsize: int, width: int, features: frozenset) -> int:
-    """Shared memory a kernel may take with this tile, from above.
+def shared_bytes(
+    kernel: str, arch: str, tile: Tile, itemsize: int, width: int, features: frozenset
+) -> int:
+    """Shared memory a kernel may take with this tile: a bound over what compilers were seen to use.
 
-    Operands that stay (in registers where fp32 is multiplied), operands that stream through
-    num_stages buffers, and a tile's own values where they change layout.
+    Operands that stay (in registers on AMD and where fp32 is multiplied), operands that stream
+    through num_stages buffers, and bytes for each pair of a tile where its values change layout.
     """
     m, n = tile.block_m, tile.block_n
     stays, streams = {
@@ -214,8 +216,11 @@ def shared_bytes(kernel: str, tile: Tile, itemsize: int, width: int, features: f
         "mask": (m + n, m + n),
     }[kernel]
     streams *= tile.num_stages
-    operands = (max(stays, streams) if itemsize == 4 else stays + streams) * width * itemsize
-    return operands + m * n * (12 if level(features) == "heavy" else 8) + 1024
+    like = _LIKE.get(arch, "sm80")
+    together = itemsize == 2 and like != "gfx942"
+    operands = (stays + streams if together else max(stays, streams)) * width * itemsize
+    pair = 8 if level(features) == "heavy" else 5 if like == "sm100" else 2
+    return operands + m * n * pair + 1024
 
 
 def _power_of_2_from(length: int, least: int) -> int:
@@ -259,7 +264,7 @@ def pick_tile(
 def _fit(kernel, arch, itemsize, width, features, tile):
     """The tile with fewer stages, then smaller blocks, until it fits the architecture."""
     limit = SHARED_BYTES.get(arch, _UNKNOWN_SHARED_BYTES)
-    while shared_bytes(kernel, tile, itemsize, width, features) > limit:
+    while shared_bytes(kernel, arch, tile, itemsize, width, features) > limit:
         if tile.num_stages > 1:
             tile = replace(tile, num_stages=tile.num_stages - 1)
         elif kernel == "rows_table":

@@ -34,7 +34,7 @@ def test_every_tile_fits_in_shared_memory():
     for kernel, arch, itemsize, width, queries, keys, features in all_calls():
         tile = pick_tile(kernel, arch, itemsize, width, queries, keys, features)
         limit = SHARED_BYTES.get(arch, 64 << 10)
-        assert shared_bytes(kernel, tile, itemsize, width, features) <= limit
+        assert shared_bytes(kernel, arch, tile, itemsize, width, features) <= limit
 
 
 def test_table_gradient_needs_square_tiles():
