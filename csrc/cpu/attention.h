@@ -132,7 +132,6 @@ FASTTX_INLINE float to_log2(float x) {
   const float y = x * LOG2E;
   return x != -INF && y < LOWEST ? LOWEST : y;
 }
-FASTTX_INLINE vf from_log2(vf x) { return select(equal(x, set1(LOWEST)), x, x * set1(LN2)); }
 
 // The element of a mask of any dtype as an additive number: 0 or -inf for a bool.
 FASTTX_INLINE float mask_value(const fasttx_tensor& mask, int64_t offset) {
@@ -152,7 +151,7 @@ inline int64_t mask_offset(const Problem& p, const Head& h) {
   return h.batch * stride_of(m, 0) + h.head * stride_of(m, 1);
 }
 
-inline Bias build_bias(const Problem& p, const Head& h, float* memory) {
+FASTTX_NOINLINE inline Bias build_bias(const Problem& p, const Head& h, float* memory) {
   const fasttx_attention& a = *p.a;
   Bias b = {{0, h.T}, nullptr, nullptr};
   if (p.mask_per_key || a.slopes.data) {
@@ -192,7 +191,8 @@ inline Bias build_bias(const Problem& p, const Head& h, float* memory) {
     const int32_t* lut = (const int32_t*)a.lut.data;
     const int64_t M = a.lut.sizes[0] / 2, shift = h.T - h.S + a.bias_shift;
     const int64_t column = h.head * a.table.strides[1];
-    for (int64_t x = -h.T - BIAS_PAD; x < h.S + BIAS_PAD; x++) {
+    for (int64_t x = 0; x < BIAS_PAD; x++) distance[-h.T - 1 - x] = distance[h.S + x] = 0.0f;
+    for (int64_t x = -h.T; x < h.S; x++) {
       const int64_t d = max64(-M, min64(M, -x - shift));
       const int64_t element = lut[(d + M) * a.lut.strides[0]] * a.table.strides[0] + column;
       distance[x] = mask_value(a.table, element) * LOG2E;
@@ -235,7 +235,7 @@ FASTTX_INLINE vf load(const Bool* p) {
   return r;
 #endif
 }
-inline void load_mask_tile(const Problem& p, const Head& h, int64_t i, int64_t j, vf* tile) {
+FASTTX_NOINLINE inline void load_mask_tile(const Problem& p, const Head& h, int64_t i, int64_t j, vf* tile) {
   const fasttx_tensor& m = p.a->mask;
   const int64_t base = mask_offset(p, h), rs = stride_of(m, 2), cs = stride_of(m, 3);
   switch (m.dtype) {
@@ -253,7 +253,7 @@ inline void load_mask_tile(const Problem& p, const Head& h, int64_t i, int64_t j
 // Hides what the band hides: keys j0 .. j0+nk-1, queries i0 .. i0+NQ*W-1. Selects, so that a hidden
 // NaN is gone.
 template <int NQ>
-inline void apply_band(const Head& h, vf* s, int64_t i0, int64_t j0, int nk) {
+FASTTX_NOINLINE void apply_band(const Head& h, vf* s, int64_t i0, int64_t j0, int nk) {
   const vi lane = lane_index();
   for (int k = 0; k < nk; k++) {
     // lane l of vector v is visible where first <= v * W + l < last
@@ -274,10 +274,13 @@ inline bool is_plain(const Problem& p, const Bias& b) {
 }
 
 // Raw scores q.k to final logits, in place: s = log2(e) * (softcap(scale * s) + biases + mask), -inf
-// where hidden. capped, if given, receives tanh(scale * s / softcap) (the backward's derivative).
+// where hidden. capped, if given, receives tanh(scale * s / softcap) (the backward's derivative);
+// top, if given, is raised to the maximum of the rows [from, to), which no edge of the band crosses.
 template <int NQ>
-inline void apply_logits(const Problem& p, const Head& h, const Bias& b, vf* s, int64_t i0,
-                         int64_t j0, int nk, vf* capped = nullptr) {
+FASTTX_NOINLINE void apply_logits(const Problem& p, const Head& h, const Bias& b, vf* s, int64_t i0,
+                                  int64_t j0, int nk, vf* capped = nullptr, vf* top = nullptr,
+                                  int from = 0, int to = 0) {
+  vf scale = set1(p.scale * LOG2E);
   if (p.softcap > 0.0f) {
     const vf inner = set1(p.scale / p.softcap), outer = set1(p.softcap * LOG2E);
     for (int x = 0; x < nk * NQ; x++) {
@@ -285,50 +288,55 @@ inline void apply_logits(const Problem& p, const Head& h, const Bias& b, vf* s, 
       if (capped) capped[x] = t;
       s[x] = t * outer;
     }
-  } else {
-    const vf scale = set1(p.scale * LOG2E);
-    for (int x = 0; x < nk * NQ; x++) s[x] = s[x] * scale;
+    scale = set1(1.0f);
   }
-  if (b.distance) {
-    for (int k = 0; k < nk; k++) {
-      const float* d = b.distance + i0 - (j0 + k);
-      FASTTX_UNROLL(4)
-      for (int v = 0; v < NQ; v++) s[k * NQ + v] += load(d + v * W);
+  vf m[NQ];
+  for (int v = 0; v < NQ; v++) m[v] = top ? top[v] : vf{};
+  const bool tiles = p.mask_per_pair;
+  for (int k = 0; k < nk; k++) {
+    const float* d = b.distance ? b.distance + i0 - (j0 + k) : nullptr;
+    const float key = b.key ? b.key[j0 + k] : 0.0f;
+    const bool counts = top && !tiles && k >= from && k < to;
+    FASTTX_UNROLL(4)
+    for (int v = 0; v < NQ; v++) {
+      vf x = d ? fma(s[k * NQ + v], scale, load(d + v * W)) : s[k * NQ + v] * scale;
+      x = key == -INF ? set1(-INF) : x + set1(key);
+      s[k * NQ + v] = x;
+      if (counts) m[v] = max(m[v], x);
     }
   }
-  if (b.key) {
-    for (int k = 0; k < nk; k++) {
-      const float x = b.key[j0 + k];
-      FASTTX_UNROLL(4)
-      for (int v = 0; v < NQ; v++)
-        s[k * NQ + v] = x == -INF ? set1(-INF) : s[k * NQ + v] + set1(x);
-    }
-  }
-  if (p.mask_per_pair) {
-    for (int k = 0; k < nk; k += W) {
-      const int rows = nk - k < W ? nk - k : W;
-      for (int v = 0; v < NQ; v++) {
-        vf tile[W];
-        load_mask_tile(p, h, i0 + v * W, j0 + k, tile);
-        for (int r = 0; r < rows; r++) {
-          vf& x = s[(k + r) * NQ + v];
-          x = select(equal(tile[r], set1(-INF)), set1(-INF), x + tile[r]);
-        }
+  for (int k = 0; tiles && k < nk; k += W) {
+    const int rows = nk - k < W ? nk - k : W;
+    for (int v = 0; v < NQ; v++) {
+      vf tile[W];
+      load_mask_tile(p, h, i0 + v * W, j0 + k, tile);
+      for (int r = 0; r < rows; r++) {
+        vf& x = s[(k + r) * NQ + v];
+        x = select(equal(tile[r], set1(-INF)), set1(-INF), x + tile[r]);
       }
     }
   }
+  for (int k = from; tiles && top && k < to; k++) {
+    FASTTX_UNROLL(4)
+    for (int v = 0; v < NQ; v++) m[v] = max(m[v], s[k * NQ + v]);
+  }
+  for (int v = 0; top && v < NQ; v++) top[v] = m[v];
   if (needs_band(h, i0, i0 + NQ * W, j0, j0 + nk)) apply_band<NQ>(h, s, i0, j0, nk);
 }
 
 // Dropout of probabilities p[key][NQ], keys j0 .. j0+nk-1, j0 a multiple of 8, queries from i0. Kept
 // ones are not scaled: that is left to the caller (dropout.keep_scale).
 template <int NQ>
-inline void apply_dropout(const Problem& p, const Head& h, vf* s, int64_t i0, int64_t j0, int nk) {
+FASTTX_NOINLINE void apply_dropout(const Problem& p, const Head& h, vf* s, int64_t i0, int64_t j0, int nk) {
+  PhiloxRows rows[NQ];
+  for (int v = 0; v < NQ; v++)
+    rows[v] = philox_rows(p.dropout, (vu)(lane_index() + (int)(i0 + v * W)), (uint32_t)h.head);
   for (int k = 0; k < nk; k += 8) {
+    FASTTX_UNROLL(2)
     for (int v = 0; v < NQ; v++) {
       vu words[4];
-      philox(p.dropout, (uint32_t)((j0 + k) / 8), (vu)(lane_index() + (int)(i0 + v * W)),
-             (uint32_t)h.head, (uint32_t)h.sequence, words);
+      philox(p.dropout, rows[v], (uint32_t)((j0 + k) / 8), (uint32_t)h.head, (uint32_t)h.sequence,
+             words);
       for (int w = 0; w < 4 && k + 2 * w < nk; w++) {
         vf& even = s[(k + 2 * w) * NQ + v];
         even = zero_unless(keep_even(words[w], p.dropout.threshold), even);
@@ -341,13 +349,17 @@ inline void apply_dropout(const Problem& p, const Head& h, vf* s, int64_t i0, in
 }
 // The same for bf16 pairs pairs[key / 2][NQ]; nk is rounded up to even.
 template <int NQ>
-inline void apply_dropout_pairs(const Problem& p, const Head& h, vi* pairs, int64_t i0, int64_t j0,
+FASTTX_NOINLINE void apply_dropout_pairs(const Problem& p, const Head& h, vi* pairs, int64_t i0, int64_t j0,
                                 int nk) {
+  PhiloxRows rows[NQ];
+  for (int v = 0; v < NQ; v++)
+    rows[v] = philox_rows(p.dropout, (vu)(lane_index() + (int)(i0 + v * W)), (uint32_t)h.head);
   for (int k = 0; k < nk; k += 8) {
+    FASTTX_UNROLL(2)
     for (int v = 0; v < NQ; v++) {
       vu words[4];
-      philox(p.dropout, (uint32_t)((j0 + k) / 8), (vu)(lane_index() + (int)(i0 + v * W)),
-             (uint32_t)h.head, (uint32_t)h.sequence, words);
+      philox(p.dropout, rows[v], (uint32_t)((j0 + k) / 8), (uint32_t)h.head, (uint32_t)h.sequence,
+             words);
       for (int w = 0; w < 4 && k + 2 * w < nk; w++) {
         vi& x = pairs[(k / 2 + w) * NQ + v];
         x = drop_pair(x, words[w], p.dropout.threshold);
@@ -361,12 +373,21 @@ inline void apply_dropout_pairs(const Problem& p, const Head& h, vi* pairs, int6
 // rows x D of src, transposed to out[d][NQ] with lanes = rows; rows beyond `rows` and columns up to
 // round_up(D, W) are zero.
 template <int NQ, class E>
-inline void pack_lanes(const E* src, int64_t row_stride, int64_t column_stride, int64_t rows,
+FASTTX_NOINLINE void pack_lanes(const E* src, int64_t row_stride, int64_t column_stride, int64_t rows,
                        int64_t D, vf* out) {
   for (int v = 0; v < NQ; v++) {
-    for (int64_t d = 0; d < D; d += W) {
+    int64_t d = 0;
+    for (; column_stride == 1 && (v + 1) * W <= rows && d + W <= D; d += W) {
       vf t[W];
+      const E* p = src + v * W * row_stride + d;
       FASTTX_UNROLL(16)
+      for (int r = 0; r < W; r++) t[r] = load(p + r * row_stride);
+      transpose(t);
+      FASTTX_UNROLL(16)
+      for (int c = 0; c < W; c++) out[(d + c) * NQ + v] = t[c];
+    }
+    for (; d < D; d += W) {
+      vf t[W];
       for (int r = 0; r < W; r++) {
         const int64_t row = v * W + r;
         t[r] = row < rows ? load_strided(src + row * row_stride + d * column_stride, column_stride,
@@ -381,12 +402,21 @@ inline void pack_lanes(const E* src, int64_t row_stride, int64_t column_stride, 
 }
 // The same as bf16 pairs out[d / 2][NQ]; columns up to round_up(D, 2 * W) are zero.
 template <int NQ>
-inline void pack_lanes_pairs(const bf16* src, int64_t row_stride, int64_t column_stride,
+FASTTX_NOINLINE void pack_lanes_pairs(const bf16* src, int64_t row_stride, int64_t column_stride,
                              int64_t rows, int64_t D, vi* out) {
   for (int v = 0; v < NQ; v++) {
-    for (int64_t d = 0; d < D; d += 2 * W) {
+    int64_t d = 0;
+    for (; column_stride == 1 && (v + 1) * W <= rows && d + 2 * W <= D; d += 2 * W) {
       vi t[W];
+      const bf16* p = src + v * W * row_stride + d;
       FASTTX_UNROLL(16)
+      for (int r = 0; r < W; r++) t[r] = load_int(p + r * row_stride);
+      transpose(t);
+      FASTTX_UNROLL(16)
+      for (int c = 0; c < W; c++) out[(d / 2 + c) * NQ + v] = t[c];
+    }
+    for (; d < D; d += 2 * W) {
+      vi t[W];
       for (int r = 0; r < W; r++) {
         const int64_t row = v * W + r;
         const bf16* p = src + row * row_stride + d * column_stride;

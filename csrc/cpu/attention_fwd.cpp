@@ -17,7 +17,7 @@ constexpr int NQ = 4;        // vectors of queries in a block
 constexpr int NK = 6;        // keys (or value columns) in a register tile of NQ vectors
 constexpr int NK_TWO = 8;    // in a tile of two or three
 constexpr int NK_ONE = 16;   // in a tile of one
-constexpr int BLOCK = 128;   // keys between two updates of the maximum
+constexpr int BLOCK = 192;   // keys between two updates of the maximum
 #elif FASTTX_AVX2
 constexpr int NQ = 2, NK = 6, NK_TWO = 6, NK_ONE = 8, BLOCK = 128;
 #else
@@ -142,7 +142,7 @@ FASTTX_INLINE void qk_tile(const vf* q, const typename Element<PAIRS>::type* k, 
 
 // Scores of keys [from, to) of a strip whose first key is key j0 of k; top: their maximum.
 template <bool PAIRS, int NV, int N>
-__attribute__((noinline)) void qk_strip(const vf* q, const typename Element<PAIRS>::type* k,
+FASTTX_NOINLINE void qk_strip(const vf* q, const typename Element<PAIRS>::type* k,
                                         int64_t ldk, int64_t steps, vf* s, int64_t j0, int from,
                                         int to, vf* top) {
   vf m[NV];
@@ -205,7 +205,7 @@ FASTTX_INLINE void pv_tile(const vf* p, const typename Element<PAIRS>::type* v, 
 
 // O = O * alpha + V^T P over `steps` keys (pairs of keys), O = V^T P if alpha is null.
 template <bool PAIRS, int NV, int N>
-__attribute__((noinline)) void pv_strip(const vf* p, const typename Element<PAIRS>::type* v,
+FASTTX_NOINLINE void pv_strip(const vf* p, const typename Element<PAIRS>::type* v,
                                         int64_t ldv, int64_t steps, int64_t Dv, vf* o,
                                         const vf* alpha) {
   constexpr int G = PAIRS ? 2 : 1;
@@ -248,6 +248,19 @@ FASTTX_INLINE void exp_rows(const vf* s, vf* p, int from, int to, vf scale, cons
   for (int v = 0; v < NV; v++) total[v] += sum[v];
 }
 
+// Hides the pairs beyond an edge of the band: rows [from, to) of one vector, whose first query is i
+// rows below the first key.
+FASTTX_INLINE void hide_edge(const Head& h, int64_t i, vf* s, int from, int to) {
+  const int64_t far = 1 << 28;
+  const vi row = lane_index() + (int)max64(-far, min64(far, i));
+  const vi low = row + (int)max64(-2 * far, min64(2 * far, h.low));
+  const vi high = row + (int)max64(-2 * far, min64(2 * far, h.high));
+  for (int k = from; k < to; k++) {
+    const vi key = set1i(k);
+    s[k * NQ] = select(mask_or(less(key, low), less(high, key)), set1(-INF), s[k * NQ]);
+  }
+}
+
 // ---- one block of queries ----
 
 template <class E, bool PAIRS>
@@ -255,7 +268,7 @@ struct Forward {
   typedef typename Element<PAIRS>::type KV;
   static constexpr int G = PAIRS ? 2 : 1;
 
-  static void query_block(const Problem& p, const Head& h, const Bias& b, const Keys<KV>& kv,
+  FASTTX_NOINLINE static void query_block(const Problem& p, const Head& h, const Bias& b, const Keys<KV>& kv,
                           int64_t i0, const Tile& t) {
     const fasttx_attention& a = *p.a;
     const E* q = at<E>(a.q, h.batch, h.head, h.q0 + i0);
@@ -283,7 +296,6 @@ struct Forward {
 
     const bool plain = is_plain(p, b);
     const vf scale = set1(plain ? p.scale * LOG2E : 1.0f);
-    const vi lane = lane_index();
     vf m[NQ], l[NQ];
     for (int v = 0; v < NQ; v++) {
       m[v] = set1(-INF);
@@ -344,28 +356,31 @@ struct Forward {
         k = next;
       }
       if (!plain) {
-        apply_logits<NQ>(p, h, b, t.s, i0, j0, nk);
         for (int v = 0; v < NQ; v++) top[v] = m[v];
-        for (int k = from; k < to; k++)
-          for (int v = 0; v < NQ; v++) top[v] = max(top[v], t.s[k * NQ + v]);
+        apply_logits<NQ>(p, h, b, t.s, i0, j0, nk, nullptr, top, from, to);
       }
       if ((to - from) % G)
         for (int v = 0; v < NQ; v++) t.s[to * NQ + v] = set1(-INF);
       for (int x = 0; x < count; x++) {
         const Segment g = segments[x];
-        const int v = g.v;
-        for (int k = g.from; k < g.to; k++) {
-          vf& y = t.s[k * NQ + v];
-          if (k < first[v] || k >= last[v]) {
-            y = set1(-INF);
-          } else if (plain && (k < inner[v] || k >= outer[v])) {
-            const int64_t shift = j0 + k - i0 - v * W;
-            const vi low = set1i((int)max64(-1, min64(W, shift - h.high)));
-            const vi high = set1i((int)max64(-1, min64(W, shift - h.low)));
-            y = select(mask_or(less(lane, low), less(high, lane)), set1(-INF), y);
-          }
-          top[v] = max(top[v], y);
+        const int v = g.v, begin = g.from > first[v] ? g.from : first[v];
+        const int end = g.to < last[v] ? g.to : last[v];
+        vf* y = t.s + v;
+        for (int k = g.from; k < begin; k++) y[k * NQ] = set1(-INF);
+        for (int k = end; k < g.to; k++) y[k * NQ] = set1(-INF);
+        if (plain) {
+          const int64_t i = i0 + v * W - j0;
+          hide_edge(h, i, y, begin, end < inner[v] ? end : inner[v]);
+          hide_edge(h, i, y, begin > outer[v] ? begin : outer[v], end);
         }
+        vf even = top[v], odd = top[v];
+        int k = begin;
+        for (; k + 2 <= end; k += 2) {
+          even = max(even, y[k * NQ]);
+          odd = max(odd, y[(k + 1) * NQ]);
+        }
+        if (k < end) odd = max(odd, y[k * NQ]);
+        top[v] = max(even, odd);
       }
 
       vf alpha[NQ], base[NQ];
@@ -424,7 +439,7 @@ struct Forward {
 
   // Writes n rows of O^T * inverse from row i; false if a value was not finite, which `expect_finite`
   // may then round wrongly.
-  static bool store_rows(const fasttx_attention& a, const Head& h, int64_t i, int n, int64_t Dv,
+  FASTTX_NOINLINE static bool store_rows(const fasttx_attention& a, const Head& h, int64_t i, int n, int64_t Dv,
                          const vf* o, vf inverse, bool expect_finite) {
     E* out = at<E>(a.out, h.batch, h.head, h.q0 + i);
     const int64_t row_stride = a.out.strides[2], column_stride = a.out.strides[3];
@@ -462,7 +477,7 @@ struct Forward {
 
   // The output of W rows again, where a NaN or infinity came out: it may stem from a hidden row of V,
   // so this time nothing hidden or dropped is multiplied. lse is right already: scores are selected.
-  static void careful(const Problem& p, const Head& h, const Bias& b, int64_t i, int n,
+  FASTTX_NOINLINE static void careful(const Problem& p, const Head& h, const Bias& b, int64_t i, int n,
                       const Tile& t) {
     const fasttx_attention& a = *p.a;
     vf* q = t.q;

@@ -6,21 +6,27 @@
 namespace fasttx::FASTTX_ISA {
 namespace {
 
+constexpr uint32_t PHILOX_M0 = 0xD2511F53u, PHILOX_M1 = 0xCD9E8D57u;
+constexpr uint32_t PHILOX_W0 = 0x9E3779B9u, PHILOX_W1 = 0xBB67AE85u;
+
 struct Dropout {
   uint32_t threshold;  // a probability is kept where its 16-bit number >= threshold; 0: no dropout
-  uint32_t key0, key1;
+  uint32_t keys[10][2];  // of the ten rounds
   float keep_scale;  // 65536 / (65536 - threshold)
 };
 
 FASTTX_INLINE Dropout make_dropout(double p, const void* seed) {
-  Dropout d = {0, 0, 0, 1.0f};
+  Dropout d = {};
+  d.keep_scale = 1.0f;
   const double t = p * 65536.0 + 0.5;
   d.threshold = t >= 65535.0 ? 65535 : (uint32_t)t;
   if (d.threshold == 0) return d;
   uint64_t key;
   __builtin_memcpy(&key, seed, 8);
-  d.key0 = (uint32_t)key;
-  d.key1 = (uint32_t)(key >> 32);
+  for (uint32_t round = 0; round < 10; round++) {
+    d.keys[round][0] = (uint32_t)key + round * PHILOX_W0;
+    d.keys[round][1] = (uint32_t)(key >> 32) + round * PHILOX_W1;
+  }
   d.keep_scale = 65536.0f / (float)(65536 - d.threshold);
   return d;
 }
@@ -31,8 +37,8 @@ FASTTX_INLINE void multiply_wide(vu x, uint32_t m, vu* high, vu* low) {
   const __m512i mm = _mm512_set1_epi32((int)m);
   const __m512i even = _mm512_mul_epu32((__m512i)x, mm);
   const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)x, 32), mm);
-  *high = (vu)_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
-  *low = (vu)_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
+  *high = (vu)_mm512_mask_movehdup_ps((__m512)odd, 0x5555, (__m512)even);
+  *low = (vu)_mm512_mask_moveldup_ps((__m512)even, 0xaaaa, (__m512)odd);
 #elif FASTTX_AVX2
   const __m256i mm = _mm256_set1_epi32((int)m);
   const __m256i even = _mm256_mul_epu32((__m256i)x, mm);
@@ -48,30 +54,86 @@ FASTTX_INLINE void multiply_wide(vu x, uint32_t m, vu* high, vu* low) {
 #endif
 }
 
-FASTTX_INLINE void philox_words(const Dropout& d, vu c0, vu c1, vu c2, vu c3, vu* out) {
-  uint32_t k0 = d.key0, k1 = d.key1;
+// Rounds FIRST .. 9 of counters c.
+template <int FIRST>
+FASTTX_INLINE void philox_rounds(const Dropout& d, vu c0, vu c1, vu c2, vu c3, vu* out) {
+#if FASTTX_AVX512
+  // Even and odd lanes apart, one in 64 bits, so that a product is one instruction. Whatever stands
+  // above the low 32 bits is ignored.
+  const __m512i m0 = _mm512_set1_epi32((int)PHILOX_M0), m1 = _mm512_set1_epi32((int)PHILOX_M1);
+  __m512i half[2][4];
+  FASTTX_UNROLL(2)
+  for (int odd = 0; odd < 2; odd++) {
+    __m512i a0 = _mm512_srli_epi64((__m512i)c0, 32 * odd), a1 = _mm512_srli_epi64((__m512i)c1, 32 * odd);
+    __m512i a2 = _mm512_srli_epi64((__m512i)c2, 32 * odd), a3 = _mm512_srli_epi64((__m512i)c3, 32 * odd);
+    FASTTX_UNROLL(10)
+    for (int round = FIRST; round < 10; round++) {
+      const __m512i p0 = _mm512_mul_epu32(a0, m0), p1 = _mm512_mul_epu32(a2, m1);
+      a0 = _mm512_ternarylogic_epi32(_mm512_srli_epi64(p1, 32), a1,
+                                     _mm512_set1_epi32((int)d.keys[round][0]), 0x96);
+      a1 = p1;
+      a2 = _mm512_ternarylogic_epi32(_mm512_srli_epi64(p0, 32), a3,
+                                     _mm512_set1_epi32((int)d.keys[round][1]), 0x96);
+      a3 = p0;
+    }
+    half[odd][0] = a0;
+    half[odd][1] = a1;
+    half[odd][2] = a2;
+    half[odd][3] = a3;
+  }
+  FASTTX_UNROLL(4)
+  for (int w = 0; w < 4; w++)
+    out[w] = (vu)_mm512_mask_moveldup_ps((__m512)half[0][w], 0xaaaa, (__m512)half[1][w]);
+#else
   FASTTX_UNROLL(10)
-  for (int round = 0; round < 10; round++) {
+  for (int round = FIRST; round < 10; round++) {
     vu h0, l0, h1, l1;
-    multiply_wide(c0, 0xD2511F53u, &h0, &l0);
-    multiply_wide(c2, 0xCD9E8D57u, &h1, &l1);
-    c0 = h1 ^ c1 ^ k0;
+    multiply_wide(c0, PHILOX_M0, &h0, &l0);
+    multiply_wide(c2, PHILOX_M1, &h1, &l1);
+    c0 = h1 ^ c1 ^ d.keys[round][0];
     c1 = l1;
-    c2 = h0 ^ c3 ^ k1;
+    c2 = h0 ^ c3 ^ d.keys[round][1];
     c3 = l0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
   }
   out[0] = c0;
   out[1] = c1;
   out[2] = c2;
   out[3] = c3;
+#endif
+}
+FASTTX_INLINE void philox_words(const Dropout& d, vu c0, vu c1, vu c2, vu c3, vu* out) {
+  philox_rounds<0>(d, c0, c1, c2, c3, out);
+}
+
+// What W rows of a head have in common for all columns: the product of the second round.
+struct PhiloxRows {
+  vu high, low;
+};
+FASTTX_INLINE uint32_t high_word(uint32_t x, uint32_t m) { return (uint32_t)(((uint64_t)x * m) >> 32); }
+FASTTX_INLINE PhiloxRows philox_rows(const Dropout& d, vu row, uint32_t head) {
+  PhiloxRows r;
+  multiply_wide(row ^ (high_word(head, PHILOX_M1) ^ d.keys[0][0]), PHILOX_M0, &r.high, &r.low);
+  return r;
 }
 
 // out[w] holds columns 8 * column_group + 2w (low half) and + 2w + 1 (high half) of every row.
+FASTTX_INLINE void philox(const Dropout& d, const PhiloxRows& rows, uint32_t column_group,
+                          uint32_t head, uint32_t batch, vu* out) {
+  // Until the third round some words are the same in all lanes.
+  const uint32_t a2 = high_word(column_group, PHILOX_M0) ^ batch ^ d.keys[0][1];
+  const uint32_t a3 = column_group * PHILOX_M0;
+  const uint32_t b0 = high_word(a2, PHILOX_M1) ^ (head * PHILOX_M1) ^ d.keys[1][0];
+  const uint32_t b1 = a2 * PHILOX_M1;
+  const vu b2 = rows.high ^ (a3 ^ d.keys[1][1]);
+  vu high, low;
+  multiply_wide(b2, PHILOX_M1, &high, &low);
+  philox_rounds<3>(d, high ^ (b1 ^ d.keys[2][0]), low,
+                   rows.low ^ (high_word(b0, PHILOX_M0) ^ d.keys[2][1]), b0 * PHILOX_M0 - vu{},
+                   out);
+}
 FASTTX_INLINE void philox(const Dropout& d, uint32_t column_group, vu row, uint32_t head,
                           uint32_t batch, vu* out) {
-  philox_words(d, column_group - vu{}, row, head - vu{}, batch - vu{}, out);
+  philox(d, philox_rows(d, row, head), column_group, head, batch, out);
 }
 
 // The 16-bit numbers of columns 0, 1, ... of one row, in order; writes a multiple of 8 W of them.

@@ -11,6 +11,7 @@
 #error "compile with -DFASTTX_ISA=isa_<default|avx2|avx512|avx512bf16>"
 #endif
 #define FASTTX_INLINE inline __attribute__((always_inline))
+#define FASTTX_NOINLINE __attribute__((noinline))
 #define FASTTX_PRAGMA(x) _Pragma(#x)
 #define FASTTX_UNROLL(n) FASTTX_PRAGMA(GCC unroll n)
 
