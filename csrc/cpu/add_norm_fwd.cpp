@@ -1,0 +1,222 @@
+// out = norm(residual + dropout(x + x_bias)), a few rows in the cache at a time.
+#include <unistd.h>
+
+#include "cpu/add_norm_row.h"
+
+namespace fasttx::FASTTX_ISA {
+namespace {
+
+constexpr int ROWS = FASTTX_AVX512 ? 4 : 1;  // rows that share the loads of weight and bias
+constexpr int64_t MAX_TOGETHER = 4096;         // wider rows go one by one: ROWS of them leave the cache
+
+// Two vectors side by side, past the cache where STREAM.
+template <bool STREAM>
+FASTTX_INLINE void store_two(float* p, vf a, vf b) {
+#if FASTTX_AVX512
+  if (STREAM) {
+    _mm512_stream_ps(p, (__m512)a);
+    _mm512_stream_ps(p + W, (__m512)b);
+    return;
+  }
+#endif
+  store(p, a);
+  store(p + W, b);
+}
+template <bool STREAM>
+FASTTX_INLINE void store_two(bf16* p, vf a, vf b) {
+#if FASTTX_AVX512
+  __m512i both;
+#if defined(__AVX512BF16__)
+  // The instruction flushes subnormals.
+  constexpr int SUBNORMAL = 0x20;
+  if (__builtin_expect(!(_mm512_fpclass_ps_mask((__m512)a, SUBNORMAL) |
+                         _mm512_fpclass_ps_mask((__m512)b, SUBNORMAL)), 1))
+    both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  else
+#endif
+    both = _mm512_inserti64x4(_mm512_castsi256_si512(round_bf16(a)), round_bf16(b), 1);
+  if (STREAM) _mm512_stream_si512((__m512i*)p, both);
+  else _mm512_storeu_si512(p, both);
+#else
+  store(p, a);
+  store(p + W, b);
+#endif
+}
+template <bool STREAM>
+FASTTX_INLINE void store_two(f16* p, vf a, vf b) {
+#if FASTTX_AVX512
+  const __m512i both = _mm512_inserti64x4(
+      _mm512_castsi256_si512(_mm512_cvtps_ph((__m512)a, 0)), _mm512_cvtps_ph((__m512)b, 0), 1);
+  if (STREAM) _mm512_stream_si512((__m512i*)p, both);
+  else _mm512_storeu_si512(p, both);
+#else
+  store(p, a);
+  store(p + W, b);
+#endif
+}
+
+// out = (z - mean) * rstd * weight + bias for R rows.
+template <class T, int R, bool STREAM>
+FASTTX_INLINE void normalize(const Parameters& p, const vf* mean, const vf* rstd,
+                             const float* const* z, T* const* out, int64_t N) {
+  int64_t n = 0;
+  for (; n + 2 * W <= N; n += 2 * W) {
+    const vf w0 = load(p.weight + n), w1 = load(p.weight + n + W);
+    const vf b0 = load(p.bias + n), b1 = load(p.bias + n + W);
+    FASTTX_UNROLL(4)
+    for (int i = 0; i < R; i++)
+      store_two<STREAM>(out[i] + n, fma((load(z[i] + n) - mean[i]) * rstd[i], w0, b0),
+                        fma((load(z[i] + n + W) - mean[i]) * rstd[i], w1, b1));
+  }
+  for (; n < N; n += W)
+    for (int i = 0; i < R; i++) {
+      const vf y = fma((load(z[i] + n) - mean[i]) * rstd[i], load(p.weight + n), load(p.bias + n));
+      if (n + W <= N) store(out[i] + n, y);
+      else store_partial(out[i] + n, y, (int)(N - n));
+    }
+}
+
+// The statistics of R rows z, kept for the backward, then out.
+template <class T, int R>
+FASTTX_INLINE void finish_rows(const Problem& p, const int64_t* row, const float* sum,
+                               const float* const* z, bool streaming) {
+  const fasttx_add_norm& a = *p.a;
+  vf mean[R], rstd[R];
+  T* out[R];
+  FASTTX_UNROLL(4)
+  for (int i = 0; i < R; i++) {
+    const int64_t m = row[i];
+    const float center = a.rms ? 0.0f : sum[i] / (float)p.N;
+    mean[i] = set1(center);
+    const float square = sum_over(p.N, [&](int64_t n) {
+      const vf d = load(z[i] + n) - mean[i];
+      return d * d;
+    });
+    const float scale = 1.0f / __builtin_sqrtf(square / (float)p.N + (float)a.eps);
+    rstd[i] = set1(scale);
+    if (!a.rms) a.mean[m] = center;
+    a.rstd[m] = scale;
+    if (a.total.data) write_row(a.total, m, p.N, z[i]);
+    out[i] = row_at<T>(a.out, m);
+  }
+  if (FASTTX_AVX512 && streaming) normalize<T, R, FASTTX_AVX512>(p.p, mean, rstd, z, out, p.N);
+  else normalize<T, R, false>(p.p, mean, rstd, z, out, p.N);
+}
+
+// z = x + r of one dtype, each side by side in memory; returns the row's sum.
+template <class T, bool BOTH>
+FASTTX_INLINE float add_rows(const T* x, const T* r, float* z, int64_t N) {
+  const int64_t whole = N / W * W;
+  float tail = 0;
+  if (whole < N) {
+    const int live = (int)(N - whole);
+    vf v = load_partial(x + whole, live);
+    if (BOTH) v += load_partial(r + whole, live);
+    store(z + whole, v);
+    tail = sum_lanes(v);
+  }
+  return tail + sum_over(whole, [&](int64_t n) {
+    const vf v = BOTH ? load(x + n) + load(r + n) : load(x + n);
+    store(z + n, v);
+    return v;
+  });
+}
+
+// ROWS rows of plain additions: no dropout, no x_bias, one dtype. Past the end the last row repeats.
+template <class T>
+__attribute__((noinline)) void plain_rows(const Problem& p, int64_t first, bool streaming,
+                                          float* memory) {
+  const fasttx_add_norm& a = *p.a;
+  int64_t row[ROWS];
+  float sum[ROWS];
+  const float* z[ROWS];
+  FASTTX_UNROLL(4)
+  for (int i = 0; i < ROWS; i++) {
+    row[i] = min64(first + i, p.M - 1);
+    float* to = memory + i * p.padded;
+    z[i] = to;
+    const T* x = row_at<T>(a.x, row[i]);
+    sum[i] = a.residual.data ? add_rows<T, true>(x, row_at<T>(a.residual, row[i]), to, p.N)
+                             : add_rows<T, false>(x, nullptr, to, p.N);
+  }
+  finish_rows<T, ROWS>(p, row, sum, z, streaming);
+}
+
+template <class T>
+__attribute__((noinline)) void any_row(const Problem& p, int64_t m, bool streaming, float* memory) {
+  const float* z = memory;
+  sum_row(p, m, memory, (uint16_t*)(memory + p.padded));
+  const float sum = p.a->rms ? 0.0f : sum_over(p.N, [&](int64_t n) { return load(z + n); });
+  finish_rows<T, 1>(p, &m, &sum, &z, streaming);
+}
+
+bool plain(const Problem& p) {
+  const fasttx_add_norm& a = *p.a;
+  return !p.dropout.threshold && !p.p.x_bias && a.x.column == 1 && a.x.dtype == a.out.dtype &&
+         p.N <= MAX_TOGETHER &&
+         (!a.residual.data || (a.residual.dtype == a.x.dtype && a.residual.column == 1));
+}
+
+// Outputs go past the cache where the call touches more than its last level holds.
+bool streams(const Problem& p, int64_t element) {
+#if FASTTX_AVX512
+  const fasttx_add_norm& a = *p.a;
+  static const int64_t cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  const int64_t touched = p.M * p.N * element * (a.residual.data ? 3 : 2);
+  return cache > 0 && touched > cache && ((uintptr_t)a.out.data | (p.N * element)) % 64 == 0;
+#else
+  (void)p, (void)element;
+  return false;
+#endif
+}
+
+template <class T>
+int forward(const Problem& p) {
+  const bool fast = plain(p), streaming = streams(p, sizeof(T));
+  const int64_t rows = round_up(max64(1, 32768 / p.N), ROWS);
+  const size_t bytes = (ROWS + 1) * p.padded * sizeof(float);
+  int status = FASTTX_OK;
+  parallel_items((p.M + rows - 1) / rows, num_workers(), [&](int64_t, int64_t item) {
+    float* memory = (float*)scratch(SCRATCH_TILE, bytes);
+    if (!memory) {
+      __atomic_store_n(&status, FASTTX_NO_MEMORY, __ATOMIC_RELAXED);
+      return;
+    }
+    const int64_t end = min64(p.M, (item + 1) * rows);
+    if (fast)
+      for (int64_t m = item * rows; m < end; m += ROWS) plain_rows<T>(p, m, streaming, memory);
+    else
+      for (int64_t m = item * rows; m < end; m++) any_row<T>(p, m, streaming, memory);
+#if FASTTX_AVX512
+    if (streaming) _mm_sfence();
+#endif
+  });
+  return status;
+}
+
+}  // namespace
+
+int add_norm_fwd(const fasttx_add_norm& a) {
+  Problem p;
+  if (a.M == 0) return FASTTX_OK;
+  if (a.N == 0) {
+    for (int64_t m = 0; m < a.M; m++) {
+      if (!a.rms) a.mean[m] = 0;
+      a.rstd[m] = 1.0f / __builtin_sqrtf((float)a.eps);
+    }
+    return FASTTX_OK;
+  }
+  if (!make_problem(a, &p)) return FASTTX_NO_MEMORY;
+  switch (a.out.dtype) {
+    case FASTTX_F32:
+      return forward<float>(p);
+    case FASTTX_BF16:
+      return forward<bf16>(p);
+    case FASTTX_F16:
+      return forward<f16>(p);
+    default:
+      return FASTTX_BAD_DTYPE;
+  }
+}
+
+}  // namespace fasttx::FASTTX_ISA
