@@ -3,15 +3,26 @@ patch of existing models."""
 
 from .explain import explain
 from .integrations.hf import patch, unpatch
-from .ops import ALiBi, RelativePositionBias, attention, cross_entropy
+from .ops import (
+    ALiBi,
+    RelativePositionBias,
+    add_norm,
+    attention,
+    cross_entropy,
+    layer_norm,
+    rms_norm,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "ALiBi",
     "RelativePositionBias",
+    "add_norm",
     "attention",
     "cross_entropy",
     "explain",
+    "layer_norm",
     "patch",
+    "rms_norm",
     "unpatch",
 ]

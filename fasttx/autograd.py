@@ -88,7 +88,11 @@ def differentiable(
 
     def run_second(count, n, rest, outputs, scalars, need, backend, *upstream_and_tensors):
         upstream, tensors = upstream_and_tensors[:count], upstream_and_tensors[count:]
-        return tuple(backward(upstream, tensors, rest, outputs, scalars, need, backend))
+        grads = list(backward(upstream, tensors, rest, outputs, scalars, need, backend))
+        for i, g in enumerate(grads):  # an output of a Function has one place
+            if g is not None and any(g is other for other in grads[:i]):
+                grads[i] = g.clone()
+        return tuple(grads)
 
     def keep_second(ctx, inputs):
         ctx.count, ctx.n, rest, _, ctx.scalars, ctx.need, _, *upstream_and_tensors = inputs

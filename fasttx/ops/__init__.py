@@ -1,7 +1,16 @@
 """One file an op: formula and shapes, forward and backward declarations, ordered kernel table,
 autograd, the public function."""
 
+from .add_norm import add_norm, layer_norm, rms_norm
 from .attention import ALiBi, RelativePositionBias, attention
 from .cross_entropy import cross_entropy
 
-__all__ = ["ALiBi", "RelativePositionBias", "attention", "cross_entropy"]
+__all__ = [
+    "ALiBi",
+    "RelativePositionBias",
+    "add_norm",
+    "attention",
+    "cross_entropy",
+    "layer_norm",
+    "rms_norm",
+]
