@@ -21,9 +21,12 @@ constexpr int64_t element_size(int32_t dtype) {
 // f is called with a pointer of the element type of a floating dtype.
 template <class F>
 FASTTX_INLINE void with_type(int32_t dtype, void* p, const F& f) {
-  if (dtype == FASTTX_F32) f((float*)p);
-  else if (dtype == FASTTX_BF16) f((bf16*)p);
-  else f((f16*)p);
+  if (dtype == FASTTX_F32)
+    f((float*)p);
+  else if (dtype == FASTTX_BF16)
+    f((bf16*)p);
+  else
+    f((f16*)p);
 }
 
 // load_strided with the stride 0 of expanded tensors made fast.
@@ -43,8 +46,8 @@ FASTTX_INLINE bool any_above(vi x, int32_t limit) { return any(less(set1i(limit)
 // overflows, so that 0 * x is 0 for hidden pairs.
 constexpr int32_t LARGE = 0x57800000 - 1;
 
-// dst [rows][ld] = rows first .. first + rows of m, `columns` of them, as fp32, zeros after; rows from
-// `valid` on are zero. True if an element is large.
+// dst [rows][ld] = rows first .. first + rows of m, `columns` of them, as fp32, zeros after; rows
+// from `valid` on are zero. True if an element is large.
 __attribute__((noinline)) bool load_rows(float* dst, int64_t ld, const Matrix& m, int64_t first,
                                          int64_t valid, int64_t rows, int64_t columns) {
   vi top = vi{};
@@ -68,8 +71,9 @@ __attribute__((noinline)) bool load_rows(float* dst, int64_t ld, const Matrix& m
 
 #if defined(__AVX512BF16__)
 // load_rows for bf16 kept as it is; ld counts units of two elements.
-__attribute__((noinline)) bool load_rows_bf16(float* dst, int64_t ld, const Matrix& m, int64_t first,
-                                              int64_t valid, int64_t rows, int64_t columns) {
+__attribute__((noinline)) bool load_rows_bf16(float* dst, int64_t ld, const Matrix& m,
+                                              int64_t first, int64_t valid, int64_t rows,
+                                              int64_t columns) {
   const __m512i magnitude = _mm512_set1_epi16(0x7fff);
   __m512i top = _mm512_setzero_si512();
   for (int64_t r = 0; r < rows; r++) {
@@ -134,8 +138,8 @@ __attribute__((noinline)) void transpose_rows(float* out, const float* rows, int
 // Rows as the products want them: units [rows][ld], and where PER_UNIT is 2 and pairs is not null
 // their pairs [rows / 2][2 * ld].
 template <class U>
-FASTTX_INLINE bool pack_operand(float* units, float* pairs, int64_t ld, const Matrix& m, int64_t first,
-                             int64_t valid, int64_t rows, int64_t columns) {
+FASTTX_INLINE bool pack_operand(float* units, float* pairs, int64_t ld, const Matrix& m,
+                                int64_t first, int64_t valid, int64_t rows, int64_t columns) {
 #if defined(__AVX512BF16__)
   if constexpr (U::PER_UNIT == 2) {
     const bool large = load_rows_bf16(units, ld, m, first, valid, rows, columns);
@@ -214,8 +218,8 @@ __attribute__((noinline)) void store_transposed(const Matrix& m, int64_t first, 
 }
 
 // delta[r] = sum over c of a[first + r][c] * b[first + r][c], in lanes that are added in pairs.
-__attribute__((noinline)) void row_dots(float* delta, const Matrix& a, const Matrix& b, int64_t first,
-                                        int64_t rows, int64_t columns) {
+__attribute__((noinline)) void row_dots(float* delta, const Matrix& a, const Matrix& b,
+                                        int64_t first, int64_t rows, int64_t columns) {
   with_type(a.dtype, a.data, [&](auto* base) {
     for (int64_t r = 0; r < rows; r += W) {
       vf sum[W];
@@ -235,9 +239,8 @@ __attribute__((noinline)) void row_dots(float* delta, const Matrix& a, const Mat
       }
       transpose(sum);
       FASTTX_UNROLL(4)
-      for (int n = W / 2; n > 0; n /= 2)
-        FASTTX_UNROLL(8)
-        for (int i = 0; i < n; i++) sum[i] += sum[i + n];
+      for (int n = W / 2; n > 0; n /= 2) FASTTX_UNROLL(8)
+      for (int i = 0; i < n; i++) sum[i] += sum[i + n];
       store_strided(delta + r, 1, sum[0], (int)min64(W, rows - r));
     }
   });

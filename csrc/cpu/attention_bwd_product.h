@@ -40,7 +40,9 @@ constexpr int VECS = BLOCK_Q / W;
 constexpr int TILE_ROWS = W == 8 ? 6 : 4, TILE_VECS = W == 16 ? 4 : 2;
 // Keys of a block: its operands stay in the first two cache levels.
 template <class U>
-constexpr int64_t BLOCK_K = U::PER_UNIT == 2 ? 256 : W == 8 ? 144 : 128;
+constexpr int64_t BLOCK_K = U::PER_UNIT == 2 ? 256
+                            : W == 8         ? 144
+                                             : 128;
 
 // Brings rows of the next small head into the cache, a few lines a register tile.
 struct Prefetch {
@@ -81,9 +83,8 @@ template <class U, int R, int V>
 FASTTX_INLINE void product(vf (&c)[R][V], const float* a, int64_t row, int64_t step, const float* b,
                            int64_t width, int64_t units) {
   FASTTX_UNROLL(16)
-  for (int r = 0; r < R; r++)
-    FASTTX_UNROLL(4)
-    for (int v = 0; v < V; v++) c[r][v] = vf{};
+  for (int r = 0; r < R; r++) FASTTX_UNROLL(4)
+  for (int v = 0; v < V; v++) c[r][v] = vf{};
   FASTTX_UNROLL(2)
   for (int64_t p = 0; p < units; p++) {
     typename U::vec x[V];
@@ -103,17 +104,15 @@ template <int R, int V>
 FASTTX_INLINE void put(const vf (&c)[R][V], float* out, int64_t ld, bool overwrite) {
   if (overwrite) {
     FASTTX_UNROLL(16)
-    for (int r = 0; r < R; r++)
-      FASTTX_UNROLL(4)
-      for (int v = 0; v < V; v++) store(out + r * ld + v * W, c[r][v]);
+    for (int r = 0; r < R; r++) FASTTX_UNROLL(4)
+    for (int v = 0; v < V; v++) store(out + r * ld + v * W, c[r][v]);
   } else {
     FASTTX_UNROLL(16)
-    for (int r = 0; r < R; r++)
-      FASTTX_UNROLL(4)
-      for (int v = 0; v < V; v++) {
-        float* p = out + r * ld + v * W;
-        store(p, load(p) + c[r][v]);
-      }
+    for (int r = 0; r < R; r++) FASTTX_UNROLL(4)
+    for (int v = 0; v < V; v++) {
+      float* p = out + r * ld + v * W;
+      store(p, load(p) + c[r][v]);
+    }
   }
 }
 
@@ -159,8 +158,8 @@ __attribute__((noinline)) void strip_product(float* s, const float* keys, int64_
     strip_product_n<U, 0>(s, keys, ld, queries, units, vecs, prefetch);
 }
 
-// out [keys][ld] (+)= weights [keys][BLOCK_Q] x rows [BLOCK_Q][ld], its first `columns` vectors; keys
-// is a multiple of STRIP.
+// out [keys][ld] (+)= weights [keys][BLOCK_Q] x rows [BLOCK_Q][ld], its first `columns` vectors;
+// keys is a multiple of STRIP.
 template <class U>
 __attribute__((noinline)) void add_keys(float* out, int64_t ld, const float* weights,
                                         const float* rows, int64_t keys, int64_t columns, int vecs,
@@ -183,8 +182,8 @@ __attribute__((noinline)) void add_keys(float* out, int64_t ld, const float* wei
     }
 }
 
-// out [dims][BLOCK_Q] (+)= transposed rows [keys][ld] x weights [keys][BLOCK_Q], the vectors in use;
-// dims is even, keys a multiple of STRIP.
+// out [dims][BLOCK_Q] (+)= transposed rows [keys][ld] x weights [keys][BLOCK_Q], the vectors in
+// use; dims is even, keys a multiple of STRIP.
 template <class U, int R, int V>
 FASTTX_INLINE void add_queries_n(float* out, const float* weights, const float* rows, int64_t ld,
                                  int64_t keys, int64_t dims, bool overwrite, Prefetch& prefetch) {
@@ -213,8 +212,9 @@ __attribute__((noinline)) void add_queries(float* out, const float* weights, con
     add_queries_n<U, 8, 2>(out + v * W, weights + v * W, rows, ld, keys, dims, overwrite, prefetch);
 }
 
-// The same two sums where a non-finite row may meet the weight of a hidden pair: only the pairs whose
-// entry of visible [keys][BLOCK_Q] has all bits of `wanted` are added. weights [keys][BLOCK_Q] fp32.
+// The same two sums where a non-finite row may meet the weight of a hidden pair: only the pairs
+// whose entry of visible [keys][BLOCK_Q] has all bits of `wanted` are added. weights
+// [keys][BLOCK_Q] fp32.
 template <class U>
 __attribute__((noinline)) void add_keys_visible(float* out, int64_t ld, const float* weights,
                                                 const int32_t* visible, int32_t wanted,

@@ -1,4 +1,4 @@
-// Elementwise work of the attention backward on a strip [STRIP keys][BLOCK_Q queries] of fp32, lanes
+// Elementwise work of the attention backward on a strip [STRIP keys][BLOCK_Q queries], fp32, lanes
 // are queries: logits, probabilities, dropout, dS and what the bias gradients take of it.
 #pragma once
 #include "cpu/attention_bwd_pack.h"
@@ -9,7 +9,7 @@ namespace {
 
 constexpr int STRIP_SIZE = STRIP * BLOCK_Q;
 
-// Stands for the lse of a row with no visible key, or of no row: every probability is exp(-huge) = 0.
+// Stands for the lse of a row with no visible key, or of no row: all its probabilities are 0.
 constexpr float NO_ROW = 3e38f;
 
 // Of a pair, where non-finite inputs ask for care: DROPPED is visible, with no weight on the value.
@@ -24,7 +24,7 @@ struct StripBias {
   int32_t query, key, keys, low, high;
 };
 
-// e^x for x <= about 80, relative error about 1e-7; 0 below about -104, -inf included; NaN stays NaN.
+// e^x for x <= about 80, relative error about 1e-7; 0 for -inf and below -104; NaN stays NaN.
 FASTTX_INLINE vf exp(vf x) {
   const vf shift = set1(12582912.0f), y = max(set1(-110.0f), x);
   const vf k = fma(y, set1(LOG2E), shift) - shift;
@@ -45,9 +45,11 @@ FASTTX_INLINE vf exp(vf x) {
 }
 
 // s = logits of scores s: softcap(scale * s) + biases, -inf where hidden. caps [STRIP][BLOCK_Q]:
-// tanh, if softcap > 0. visible (if not null): SEEN or HIDDEN, as are all pairs of rows without an lse.
-__attribute__((noinline)) void strip_logits(float* s, const StripBias& b, float scale, float softcap,
-                                            const float* lse, float* caps, int32_t* visible) {
+// tanh, if softcap > 0. visible (if not null): SEEN or HIDDEN, as are all pairs of rows without an
+// lse.
+__attribute__((noinline)) void strip_logits(float* s, const StripBias& b, float scale,
+                                            float softcap, const float* lse, float* caps,
+                                            int32_t* visible) {
   const float inverse = softcap > 0 ? scale / softcap : 0;
   const bool hides = b.band || b.mask || b.by_key;
   for (int r = 0; r < STRIP; r++)
@@ -73,11 +75,21 @@ __attribute__((noinline)) void strip_logits(float* s, const StripBias& b, float 
       }
       if (hides) x += hidden;
       if (visible) {
-        const vmask out = mask_or(equal(hidden, set1(-INF)), equal(load(lse + v * W), set1(NO_ROW)));
+        const vmask out =
+            mask_or(equal(hidden, set1(-INF)), equal(load(lse + v * W), set1(NO_ROW)));
         store_int(visible + at, select(out, set1i(HIDDEN), set1i(SEEN)));
         x = select(out, set1(-INF), x);
       }
       store(s + at, x);
+    }
+}
+
+// s = scale * s - lse.
+__attribute__((noinline)) void strip_subtract(float* s, float scale, const float* lse) {
+  for (int r = 0; r < STRIP; r++)
+    for (int v = 0; v < VECS; v++) {
+      float* p = s + r * BLOCK_Q + v * W;
+      store(p, fms(load(p), set1(scale), load(lse + v * W)));
     }
 }
 
@@ -107,61 +119,59 @@ __attribute__((noinline)) void strip_drop(int32_t* visible, const float* keep) {
   }
 }
 
-// p = exp(scale * s - lse), in place or not; weights, in the units of U along the queries, = p * keep
-// (keep may be null). weights may be p itself when U is fp32.
+// p = exp(scale * s - lse), in place or not; weights, in the units of U along the queries, = p *
+// keep (keep may be null). weights may be p itself when U is fp32.
 template <class U>
 __attribute__((noinline)) void strip_probabilities(float* p, const float* s, float scale,
                                                    const float* lse, const float* keep,
                                                    float* weights) {
   if constexpr (U::PER_UNIT == 1) {
-    for (int r = 0; r < STRIP; r++)
-      FASTTX_UNROLL(4)
-      for (int v = 0; v < VECS; v++) {
-        const int at = r * BLOCK_Q + v * W;
-        const vf x = exp(fms(load(s + at), set1(scale), load(lse + v * W)));
-        store(p + at, x);
-        if (keep) store(weights + at, x * load(keep + at));
-      }
+    for (int r = 0; r < STRIP; r++) FASTTX_UNROLL(4)
+    for (int v = 0; v < VECS; v++) {
+      const int at = r * BLOCK_Q + v * W;
+      const vf x = exp(fms(load(s + at), set1(scale), load(lse + v * W)));
+      store(p + at, x);
+      if (keep) store(weights + at, x * load(keep + at));
+    }
   } else {
 #if defined(__AVX512BF16__)
     vf base[VECS];
     for (int v = 0; v < VECS; v++) base[v] = load(lse + v * W) * LOG2E;
     const vf factor = set1(scale * LOG2E);
-    for (int r = 0; r < STRIP; r++)
-      FASTTX_UNROLL(2)
-      for (int v = 0; v < VECS; v += 2) {
-        const int at = r * BLOCK_Q + v * W;
-        vf x = exp2<4>(fms(load(s + at), factor, base[v]));
-        vf y = exp2<4>(fms(load(s + at + W), factor, base[v + 1]));
-        store(p + at, x);
-        store(p + at + W, y);
-        if (keep) {
-          x *= load(keep + at);
-          y *= load(keep + at + W);
-        }
-        store_bf16((bf16*)weights + at, x, y);
+    for (int r = 0; r < STRIP; r++) FASTTX_UNROLL(2)
+    for (int v = 0; v < VECS; v += 2) {
+      const int at = r * BLOCK_Q + v * W;
+      vf x = exp2<4>(fms(load(s + at), factor, base[v]));
+      vf y = exp2<4>(fms(load(s + at + W), factor, base[v + 1]));
+      store(p + at, x);
+      store(p + at + W, y);
+      if (keep) {
+        x *= load(keep + at);
+        y *= load(keep + at + W);
       }
+      store_bf16((bf16*)weights + at, x, y);
+    }
 #endif
   }
 }
 
-// ds = p * (dp * keep - delta), in place or not. With `visible` not null: 0 where hidden, dp taken as 0
-// where dropped.
-__attribute__((noinline)) void strip_ds(float* ds, const float* p, const float* dp, const float* delta,
-                                        const float* keep, const int32_t* visible) {
-  for (int r = 0; r < STRIP; r++)
-    FASTTX_UNROLL(4)
-    for (int v = 0; v < VECS; v++) {
-      const int at = r * BLOCK_Q + v * W;
-      vf x = load(dp + at);
-      if (keep) {
-        const vf kept = load(keep + at);
-        x = visible ? zero_unless(mask_not(equal(kept, vf{})), x * kept) : x * kept;
-      }
-      x = (x - load(delta + v * W)) * load(p + at);
-      if (visible) x = zero_unless(less(load_int(visible + at), vi{}), x);
-      store(ds + at, x);
+// ds = p * (dp * keep - delta), in place or not. With `visible` not null: 0 where hidden, dp taken
+// as 0 where dropped.
+__attribute__((noinline)) void strip_ds(float* ds, const float* p, const float* dp,
+                                        const float* delta, const float* keep,
+                                        const int32_t* visible) {
+  for (int r = 0; r < STRIP; r++) FASTTX_UNROLL(4)
+  for (int v = 0; v < VECS; v++) {
+    const int at = r * BLOCK_Q + v * W;
+    vf x = load(dp + at);
+    if (keep) {
+      const vf kept = load(keep + at);
+      x = visible ? zero_unless(mask_not(equal(kept, vf{})), x * kept) : x * kept;
     }
+    x = (x - load(delta + v * W)) * load(p + at);
+    if (visible) x = zero_unless(less(load_int(visible + at), vi{}), x);
+    store(ds + at, x);
+  }
 }
 
 // ds *= 1 - caps^2.
@@ -173,7 +183,8 @@ __attribute__((noinline)) void strip_uncap(float* ds, const float* caps) {
 }
 
 #if defined(__AVX512BF16__)
-FASTTX_INLINE void round_strip_row_pair(float* by_query, float* by_key, int r, const vf* a, const vf* b) {
+FASTTX_INLINE void round_strip_row_pair(float* by_query, float* by_key, int r, const vf* a,
+                                        const vf* b) {
   bf16* out = (bf16*)by_query + r * BLOCK_Q;
   FASTTX_UNROLL(4)
   for (int v = 0; v < VECS; v += 2) {
@@ -181,8 +192,7 @@ FASTTX_INLINE void round_strip_row_pair(float* by_query, float* by_key, int r, c
     store_bf16(out + BLOCK_Q + v * W, b[v], b[v + 1]);
   }
   FASTTX_UNROLL(4)
-  for (int v = 0; v < VECS; v++)
-    store_int(by_key + r / 2 * BLOCK_Q + v * W, pack_pair(a[v], b[v]));
+  for (int v = 0; v < VECS; v++) store_int(by_key + r / 2 * BLOCK_Q + v * W, pack_pair(a[v], b[v]));
 }
 
 // ds rounded to bf16: by_query [STRIP][BLOCK_Q / 2] pairs along the queries, by_key
@@ -217,8 +227,8 @@ __attribute__((noinline)) void strip_ds_rounded(float* by_query, float* by_key, 
 }
 #endif
 
-// mask [STRIP][BLOCK_Q] = rows query .. and columns key .. of m, transposed; -inf for False, 0 beyond
-// `rows` rows and `columns` columns.
+// mask [STRIP][BLOCK_Q] = rows query .. and columns key .. of m, transposed; -inf for False, 0
+// beyond `rows` rows and `columns` columns.
 __attribute__((noinline)) void strip_mask(float* mask, const Matrix& m, int64_t query, int64_t key,
                                           int64_t rows, int64_t columns) {
   for (int64_t c = 0; c < STRIP; c += W)
@@ -291,7 +301,8 @@ __attribute__((noinline)) void strip_sum(float* out, const float* ds) {
   store(out, load(out) + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
 }
 
-// out[q - r + STRIP - 1] += ds of query q, key r: BLOCK_Q + STRIP entries, sums along the diagonals.
+// out[q - r + STRIP - 1] += ds of query q, key r: BLOCK_Q + STRIP entries, sums along the
+// diagonals.
 __attribute__((noinline)) void strip_distance_sums(float* out, const float* ds) {
   constexpr int LD = BLOCK_Q + 2 * STRIP;
   float skew[STRIP * LD];

@@ -329,6 +329,25 @@ def test_what_is_hidden_stays_hidden(name, dtype):
     check_poisoned(name, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("minimum", [torch.finfo(torch.float32).min, -1e4])
+def test_rows_of_finite_minima(minimum, dtype):
+    """Where every key has the same huge negative number in the mask, softmax forgets it; its lse in
+    fp32 does not, and has lost everything else."""
+    mask = torch.zeros(1, 1, 70, 300).masked_fill((torch.arange(70) % 3 == 0)[:, None], minimum)
+    call = Call(dtype, T=300, mask=mask)
+    q, k, v, m = (t.double().requires_grad_() for t in (*call.qkv, mask))
+    logits = q @ k.transpose(2, 3) / 4 + m
+    out = logits.softmax(-1) @ v
+    wants = torch.autograd.grad(out, (q, k, v, m), call.dout.double())
+    call.out, call.lse = out.detach().to(dtype), logits.detach().logsumexp(-1).float()
+    # A logit near 1e4 is rounded to 1e-3.
+    rounding = 1e-3 if minimum == -1e4 else 0.0
+    for got, want in zip(call.run(), wants, strict=False):
+        allowed = TOLERANCE[dtype] + ROUNDING[got.dtype] + rounding
+        assert (got.double() - want).norm() <= allowed * want.norm()
+
+
 @pytest.mark.parametrize("need", range(32))
 def test_need(need):
     call = Call(torch.bfloat16, mask=normal(1, 2, 70, 70), table=normal(32, 2), S=70)
