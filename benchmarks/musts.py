@@ -319,6 +319,27 @@ def must_lines(run: Run) -> list[str]:
     return lines
 
 
+def summary(run: Run) -> list[str]:
+    """A Markdown table with a line a goal: the range over its cases, and how many reach it."""
+    lines = [
+        "| goal | lowest to highest case | must | aim | reached |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for goal in dict.fromkeys(must["goal"] for must in run.musts):
+        members = [must for must in run.musts if must["goal"] == goal]
+        values = [must["value"] for must in members if must["value"] is not None]
+        reached = sum(must["verdict"] == "PASS" for must in members)
+        unit = "x" if "rate per" not in goal else ""
+        texts = (
+            [f"{value:.2f}{unit}" for value in (min(values), max(values))] if values else ["none"]
+        )
+        demands = dict.fromkeys(must["must"] for must in members)
+        counted = f"{reached} of {len(members)}" if any(demands) else ""
+        cells = [goal, " to ".join(dict.fromkeys(texts)), " or ".join(demands), members[0]["aim"]]
+        lines.append("| " + " | ".join([*cells, counted]) + " |")
+    return lines
+
+
 def write_markdown(run: Run, op: str, path: Path) -> Path:
     machine = run.machine
     versions = ", ".join(f"{n} {v}" for n, v in machine["packages"].items() if v)
@@ -333,6 +354,8 @@ def write_markdown(run: Run, op: str, path: Path) -> Path:
         *(f"- {line}" for line in report.legend(run)),
         "",
         *(f"- {line}" for line in must_lines(run)[:1]),
+        "",
+        *summary(run),
         "",
         "| goal and case | measured | share of limit | must | aim | |",
         "| --- | --- | --- | --- | --- | --- |",
