@@ -180,7 +180,8 @@ def print_report(run: Run, console: Console, memory: bool = False) -> None:
     for row in failed:
         console.print(f"  {row.label} fails the check on {row.case} {row.dtype}: {row.why}")
     for entry in run.skipped:
-        console.print(f"  left out: {entry['what']}: {entry['why']}", style="dim")
+        text = f"  left out: {entry['what']}: {entry['why']}"
+        console.print(text, style="dim", soft_wrap=True, highlight=False)
     for note in run.notes:
         console.print("  note: " + note, style="yellow")
 
