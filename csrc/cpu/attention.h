@@ -235,7 +235,8 @@ FASTTX_INLINE vf load(const Bool* p) {
   return r;
 #endif
 }
-FASTTX_NOINLINE inline void load_mask_tile(const Problem& p, const Head& h, int64_t i, int64_t j, vf* tile) {
+FASTTX_NOINLINE inline void load_mask_tile(const Problem& p, const Head& h, int64_t i, int64_t j,
+                                           vf* tile) {
   const fasttx_tensor& m = p.a->mask;
   const int64_t base = mask_offset(p, h), rs = stride_of(m, 2), cs = stride_of(m, 3);
   switch (m.dtype) {
@@ -247,6 +248,62 @@ FASTTX_NOINLINE inline void load_mask_tile(const Problem& p, const Head& h, int6
       return mask_tile((const f16*)m.data + base, rs, cs, i, j, h.S, h.T, tile);
     default:
       return mask_tile((const float*)m.data + base, rs, cs, i, j, h.S, h.T, tile);
+  }
+}
+
+// The keys between the first and the last that a bool mask shows to a query of [i, i + rows); all
+// keys for any other mask.
+FASTTX_NOINLINE inline Range mask_range(const Problem& p, const Head& h, int64_t i, int64_t rows) {
+  const fasttx_tensor& m = p.a->mask;
+  Range r = {0, h.T};
+  if (m.dtype != FASTTX_BOOL || stride_of(m, 3) != 1) return r;
+  const uint8_t* first = (const uint8_t*)m.data + mask_offset(p, h) + i * stride_of(m, 2);
+  const int64_t stride = stride_of(m, 2);
+  const auto seen = [&](int64_t j, int64_t n) {
+    vi all = {};
+    uint8_t rest = 0;
+    for (int64_t x = 0; x < rows; x++) {
+      if (n == 4 * W) all |= load_int(first + x * stride + j);
+      for (int64_t c = 0; n < 4 * W && c < n; c++) rest |= first[x * stride + j + c];
+    }
+    return rest || any(mask_not(equal(all, vi{})));
+  };
+  while (r.begin < r.end && !seen(r.begin, min64(4 * W, r.end - r.begin)))
+    r.begin += min64(4 * W, r.end - r.begin);
+  while (r.begin < r.end && !seen(max64(r.begin, r.end - 4 * W), min64(4 * W, r.end - r.begin)))
+    r.end -= min64(4 * W, r.end - r.begin);
+  return r;
+}
+
+#if FASTTX_AVX512
+// Hides what a bool mask hides: keys j .. j + rows - 1, one vector of queries from i.
+FASTTX_INLINE void apply_bool_tile(const uint8_t* mask, int64_t row_stride, int64_t S, int64_t i,
+                                   int rows, vf* s, int stride) {
+  uint16_t keys[16];  // one bit a key, for each query
+  FASTTX_UNROLL(16)
+  for (int r = 0; r < 16; r++) {
+    const __m128i x = _mm_maskz_loadu_epi8(first_lanes(rows), mask + min64(i + r, S - 1) * row_stride);
+    keys[r] = _mm_test_epi8_mask(x, x);
+  }
+  __m256i bits = _mm256_loadu_si256((const __m256i*)keys);
+  for (int k = 0; k < rows; k++) {
+    const __mmask16 visible = _mm256_movepi16_mask(_mm256_sll_epi16(bits, _mm_cvtsi32_si128(15 - k)));
+    s[k * stride] = select(visible, s[k * stride], set1(-INF));
+  }
+}
+#endif
+
+// Asks for the mask of queries [i, i + rows) and keys [j, j + nk), too many rows for the hardware to
+// follow.
+FASTTX_NOINLINE inline void prefetch_mask(const Problem& p, const Head& h, int64_t i, int64_t rows,
+                                          int64_t j, int64_t nk) {
+  const fasttx_tensor& m = p.a->mask;
+  if (stride_of(m, 3) != 1 || m.sizes[2] == 1 || j >= h.T) return;
+  const int64_t size = m.dtype == FASTTX_BOOL ? 1 : m.dtype == FASTTX_F32 ? 4 : 2;
+  const int64_t bytes = min64(nk, h.T - j) * size;
+  for (int64_t r = 0; r < min64(rows, h.S - i); r++) {
+    const char* row = (const char*)m.data + (mask_offset(p, h) + (i + r) * m.strides[2] + j) * size;
+    for (int64_t x = 0; x < bytes; x += 64) __builtin_prefetch(row + x, 0, 3);
   }
 }
 
@@ -308,6 +365,14 @@ FASTTX_NOINLINE void apply_logits(const Problem& p, const Head& h, const Bias& b
   for (int k = 0; tiles && k < nk; k += W) {
     const int rows = nk - k < W ? nk - k : W;
     for (int v = 0; v < NQ; v++) {
+#if FASTTX_AVX512
+      const fasttx_tensor& mask = p.a->mask;
+      if (mask.dtype == FASTTX_BOOL && stride_of(mask, 3) == 1) {
+        apply_bool_tile((const uint8_t*)mask.data + mask_offset(p, h) + j0 + k, stride_of(mask, 2),
+                        h.S, i0 + v * W, rows, s + k * NQ + v, NQ);
+        continue;
+      }
+#endif
       vf tile[W];
       load_mask_tile(p, h, i0 + v * W, j0 + k, tile);
       for (int r = 0; r < rows; r++) {

@@ -287,8 +287,9 @@ struct Forward {
       seen[v] = full[v] = {0, 0};
       if (i >= h.S) continue;
       const Range r = visible_keys(h, i, i_end), c = common_keys(h, i, i_end);
-      seen[v] = {max64(r.begin, b.keys.begin), min64(r.end, b.keys.end)};
-      full[v] = {max64(c.begin, b.keys.begin), min64(c.end, b.keys.end)};
+      const Range shown = p.mask_per_pair ? mask_range(p, h, i, i_end - i) : b.keys;
+      seen[v] = {max64(r.begin, shown.begin), min64(r.end, shown.end)};
+      full[v] = {max64(c.begin, shown.begin), min64(c.end, shown.end)};
       if (seen[v].begin >= seen[v].end) continue;
       begin = min64(begin, seen[v].begin);
       end = max64(end, seen[v].end);
@@ -334,6 +335,7 @@ struct Forward {
         if (to < last[v]) segments[count++] = {v, to, high};
       }
 
+      if (p.mask_per_pair) prefetch_mask(p, h, i0, rows, j0, nk);
       vf top[NQ];
       for (int v = 0; v < NQ; v++) top[v] = m[v];
       if (from < to)
@@ -729,7 +731,11 @@ int forward(const Problem& p) {
 }  // namespace
 
 int attention_fwd(const fasttx_attention& args) {
-  const Problem p = make_problem(args);
+  Problem p = make_problem(args);
+  if (p.mask_per_pair && args.mask.strides[2] == 0 && args.mask.sizes[3] == p.T) {
+    p.mask_per_key = true;  // one row of a mask, expanded
+    p.mask_per_pair = false;
+  }
   if (p.B * p.H * p.S == 0) return FASTTX_OK;
   switch (args.q.dtype) {
     case FASTTX_F32:

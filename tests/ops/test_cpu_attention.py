@@ -177,6 +177,12 @@ FEATURES = {
     },
     "transposed mask": lambda: {"mask": torch.randn(2, H, T, S).transpose(2, 3)},
     "mask with gaps": lambda: {"mask": torch.randn(2, 1, S, 2 * T)[..., ::2]},
+    "causal bool mask": lambda: {"mask": torch.ones(1, 1, S, T, dtype=torch.bool).tril(-3)},
+    "band bool mask": lambda: {
+        "mask": torch.ones(1, H, S, T, dtype=torch.bool).tril(90).triu(20),
+        "right": 100,
+    },
+    "expanded mask": lambda: {"mask": scattered(2, 1, 1, T).expand(2, 1, S, T), "right": 5},
     "mask per query": lambda: {"mask": scattered(2, 1, S, 1)},
     "one number": lambda: {"mask": torch.tensor(1.5).expand(1, 1, 1, 1)},
     "alibi": lambda: {"slopes": torch.tensor([[0.5, 0.25]]), "right": 0},
