@@ -10,6 +10,7 @@ from .ops import (
     attention,
     cross_entropy,
     layer_norm,
+    linear_cross_entropy,
     rms_norm,
 )
 
@@ -22,6 +23,7 @@ __all__ = [
     "cross_entropy",
     "explain",
     "layer_norm",
+    "linear_cross_entropy",
     "patch",
     "rms_norm",
     "unpatch",

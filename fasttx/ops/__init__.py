@@ -4,6 +4,7 @@ autograd, the public function."""
 from .add_norm import add_norm, layer_norm, rms_norm
 from .attention import ALiBi, RelativePositionBias, attention
 from .cross_entropy import cross_entropy
+from .linear_cross_entropy import linear_cross_entropy
 
 __all__ = [
     "ALiBi",
@@ -12,5 +13,6 @@ __all__ = [
     "attention",
     "cross_entropy",
     "layer_norm",
+    "linear_cross_entropy",
     "rms_norm",
 ]

@@ -211,17 +211,17 @@ def _check_range(target: Tensor, V: int, ignore_index: int) -> None:
         )
 
 
-def check_weight(weight, V: int, device: torch.device) -> Tensor | None:
+def check_weight(weight, V: int, device: torch.device, name: str = "weight") -> Tensor | None:
     """Class weights as contiguous float32 [V] (float64 stays)."""
     if weight is None:
         return None
-    check_float("weight", weight)
+    check_float(name, weight)
     if weight.shape != (V,):
-        raise ValueError(f"weight must have shape ({V},), one a class, got {tuple(weight.shape)}")
+        raise ValueError(f"{name} must have shape ({V},), one a class, got {tuple(weight.shape)}")
     if weight.device != device:
-        raise ValueError(f"weight must be on the logits' device {device}, got {weight.device}")
+        raise ValueError(f"{name} must be on the logits' device {device}, got {weight.device}")
     if weight.requires_grad:
-        raise ValueError("weight must not require grad: class weights get no gradient, detach it")
+        raise ValueError(f"{name} must not require grad: class weights get no gradient, detach it")
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return weight.to(dtype).contiguous()
 

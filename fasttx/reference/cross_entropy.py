@@ -53,7 +53,7 @@ def cross_entropy_math(
     loss = ce * norm[0]
     if z_loss:
         loss = loss + z_loss * (peak + log_sum).square() * norm[1]
-    loss = torch.where(used, torch.where(bad, torch.nan, loss), 0)
+    loss = torch.where(used, loss * torch.where(bad, torch.nan, 1.0), 0)
     if reduction == 1:
         loss = torch.where(used.any(), loss.sum(), torch.nan)
     elif reduction == 2:

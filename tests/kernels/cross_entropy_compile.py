@@ -8,6 +8,7 @@ import json
 import torch
 from fasttx.kernels import compile_check
 from fasttx.kernels.cross_entropy import backward_calls, forward_calls, rescale_calls
+from fasttx.kernels.linear_cross_entropy import slope_calls
 
 
 def calls(dtype, V, weight, smoothing, z_loss, reduction, gradient):
@@ -28,6 +29,8 @@ def calls(dtype, V, weight, smoothing, z_loss, reduction, gradient):
         yield from forward_calls(loss, *residuals, None, logits, target, weight, *scalars, False)
         arguments = (torch.empty_like(logits), loss, logits, target, weight, *residuals, *scalars)
         yield from backward_calls(*arguments)
+        residuals = (empty(40), empty(40), empty(3, 40))
+        yield from slope_calls(logits[0], target[:40], weight, *residuals, 1000)
 
 
 def main() -> None:
