@@ -6,8 +6,6 @@
 only O(S) scratch a head and write every element of the outputs they are given.
 """
 
-from dataclasses import replace
-
 import triton
 import triton.language as tl
 
@@ -35,7 +33,7 @@ from .common import (
     visible_keys,
     zero_nonfinite,
 )
-from .launch import UNSPECIALIZED, Call, device_arch
+from .launch import UNSPECIALIZED, Call, device_arch, specialize
 from .plan import Plan
 
 
@@ -216,7 +214,7 @@ def forward_calls(arch, out, lse, q, k, v, *rest):
     tile = plan.tile("fwd")
     tiles = plan.tiles(S, tile.block_m)
     f = plan.features
-    features = replace(
+    features = specialize(
         f,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,

@@ -10,8 +10,6 @@ mask without a row axis). The mask kernel owns a tile of a mask with both axes. 
 atomically; what several programs contribute to is written apart and summed after.
 """
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -28,7 +26,7 @@ from .common import (
     row_statistics,
     tile_logits,
 )
-from .launch import UNSPECIALIZED, Call
+from .launch import UNSPECIALIZED, Call, specialize
 from .plan import Plan
 
 
@@ -117,7 +115,7 @@ def backward_calls(arch, dq, dk, dv, dmask, dtable, dout, dlse, q, k, v, out, ls
     both_axes = want_mask and mask.size(2) > 1 and mask.size(3) > 1
     row_sums = want_mask and not both_axes and plan.features.MASK_AXES == "i"
     column_sums = want_mask and not both_axes and not row_sums
-    f = replace(
+    f = specialize(
         plan.features, WRITE_DQ=want_dq, WRITE_DK=want_dk, WRITE_DV=want_dv,
         ROW_SUMS=row_sums, COLUMN_SUMS=column_sums,
     )  # fmt: skip
@@ -141,7 +139,7 @@ def backward_calls(arch, dq, dk, dv, dmask, dtable, dout, dlse, q, k, v, out, ls
             (dq, row_part, bucket_part, delta, shift, log_total, dout, dlse, out, lse, lut,
              dq.stride() if want_dq else (0, 0, 0, 0), dout.stride(), dlse_stride, out.stride(),
              tiles, B * H, plan.section(B * H), first_bucket, scale, *plan.shared_args()),
-            replace(
+            specialize(
                 features, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
                 EDGE=uneven or T % tile.block_n != 0,
             ),
@@ -158,7 +156,7 @@ def backward_calls(arch, dq, dk, dv, dmask, dtable, dout, dlse, q, k, v, out, ls
         width = min(64, triton.next_power_of_2(max(buckets, 1)))
         for first in range(0, buckets, width):
             part = torch.zeros_like(scratch(B * H, tiles, width))
-            features = replace(
+            features = specialize(
                 f, BUCKETS=width, WRITE_DQ=want_dq and first == 0, ROW_SUMS=row_sums and first == 0
             )
             yield rows_call(features, tile, part, first, lut)
@@ -174,7 +172,7 @@ def backward_calls(arch, dq, dk, dv, dmask, dtable, dout, dlse, q, k, v, out, ls
             (dk, dv, column_part, delta, shift, log_total, dout,
              dk.stride() if want_dk else (0, 0, 0, 0), dv.stride() if want_dv else (0, 0, 0, 0),
              dout.stride(), tiles, B * G, plan.section(B * G), scale, *plan.shared_args()),
-            replace(
+            specialize(
                 f, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
                 EDGE=uneven or S % tile.block_m != 0,
             ),
@@ -193,7 +191,7 @@ def backward_calls(arch, dq, dk, dv, dmask, dtable, dout, dlse, q, k, v, out, ls
             (dmask, delta, shift, log_total, dout, dmask.stride(), dout.stride(),
              tiles, column_tiles, kept_heads, B // kept_batches if kept_batches else 0,
              H // kept_heads, *plan.shared_args()),
-            replace(f, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, EDGE=True),
+            specialize(f, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, EDGE=True),
             tile.num_warps,
             tile.num_stages,
         )  # fmt: skip

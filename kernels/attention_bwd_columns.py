@@ -18,6 +18,7 @@ from .common import (
     load_rows,
     mask_visible,
     nonfinite_reaching,
+    operand,
     place,
     probability,
     row_statistics,
@@ -39,6 +40,7 @@ def _columns_step(dk, dv, column_sum, k, v, queries, douts, peaks, log_totals, d
     i = start + tl.arange(0, ROWS)
     j = first + tl.arange(0, COLUMNS)
     q = load_rows(queries, start, S, q_stride, F.D, ROWS, F.BLOCK_D, EDGE, F)
+    k = operand(k, first, start, shape[1], F.D, COLUMNS, F.BLOCK_D, F)
     product = tl.dot(k, tl.trans(q), input_precision=F.PRECISION)
     x, visible, bent = tile_logits(
         product, i[None, :], j[:, None], shape, scale, cap, mask, bias, far, F, EDGE
@@ -61,6 +63,7 @@ def _columns_step(dk, dv, column_sum, k, v, queries, douts, peaks, log_totals, d
             seen = zero_nonfinite(dout)
         dv = tl.dot(dropped.to(seen.dtype), seen, dv, input_precision=F.PRECISION)
     if F.WRITE_DK or F.COLUMN_SUMS:
+        v = operand(v, first, start, shape[1], F.DV, COLUMNS, F.BLOCK_DV, F)
         dp = tl.dot(v, tl.trans(dout), input_precision=F.PRECISION)
         if F.DROPOUT:
             dp = tl.where(keep, dp * keep_scale, 0.0)
@@ -119,6 +122,8 @@ def _columns_careful(dk, dv, dk_stride, dv_stride, k_base, v_base, k_stride, v_s
     rows, keys, offset, left, right = shape
     k = load_rows(k_base, first, keys, k_stride, F.D, COLUMNS, F.BLOCK_D, True, F)
     v = load_rows(v_base, first, keys, v_stride, F.DV, COLUMNS, F.BLOCK_DV, True, F)
+    k_rows = (k, k_base, k_stride)
+    v_rows = (v, v_base, v_stride)
     acc_k = tl.zeros([COLUMNS, BLOCK_D], tl.float32)
     acc_v = tl.zeros([COLUMNS, BLOCK_DV], tl.float32)
     unsummed = tl.zeros([COLUMNS], tl.float32)
@@ -137,7 +142,7 @@ def _columns_careful(dk, dv, dk_stride, dv_stride, k_base, v_base, k_stride, v_s
         for index in tl.range(0, pieces, num_stages=1):
             start = careful_start(index, ranges, F.BLOCK_M, ROWS)
             acc_k, acc_v, unsummed = _columns_step(
-                acc_k, acc_v, unsummed, k, v, queries, douts, shift + at, log_total + at,
+                acc_k, acc_v, unsummed, k_rows, v_rows, queries, douts, shift + at, log_total + at,
                 delta + at, start, first, shape, scale, cap, masking, bias, 0.0, dropout,
                 keep_scale, q_strides, dout_strides, F, True, True, COLUMNS, ROWS)  # fmt: skip
         if F.WRITE_DV:
@@ -189,8 +194,10 @@ def attention_bwd_columns_kernel(
     v_strides = (v_stride[2], v_stride[3])
     q_strides = (q_stride[2], q_stride[3])
     dout_strides = (dout_stride[2], dout_stride[3])
-    k_rows = load_rows(k_base, first, keys, k_strides, F.D, F.BLOCK_N, F.BLOCK_D, True, F)
-    v_rows = load_rows(v_base, first, keys, v_strides, F.DV, F.BLOCK_N, F.BLOCK_DV, True, F)
+    k_tile = load_rows(k_base, first, keys, k_strides, F.D, F.BLOCK_N, F.BLOCK_D, True, F)
+    v_tile = load_rows(v_base, first, keys, v_strides, F.DV, F.BLOCK_N, F.BLOCK_DV, True, F)
+    k_rows = (k_tile, k_base, k_strides)
+    v_rows = (v_tile, v_base, v_strides)
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for member in range(group):

@@ -19,6 +19,7 @@ from .common import (
     full_count,
     head_base,
     load_rows,
+    operand,
     place,
     probability,
     row_statistics,
@@ -66,6 +67,7 @@ def _rows_step(acc, row_sum, low_sum, high_sum, buckets, q, dout, peak, log_tota
         far = tl.where(is_low, far_lo, far_hi)
     i = first + tl.arange(0, ROWS)
     j = start + tl.arange(0, COLUMNS)
+    q = operand(q, first, start, shape[0], F.D, ROWS, F.BLOCK_D, F)
     k = load_rows(keys, start, T, k_stride, F.D, COLUMNS, F.BLOCK_D, EDGE, F)
     product = tl.dot(q, tl.trans(k), input_precision=F.PRECISION)
     x, visible, bent = tile_logits(
@@ -73,6 +75,7 @@ def _rows_step(acc, row_sum, low_sum, high_sum, buckets, q, dout, peak, log_tota
     )
     p = probability(x, peak[:, None], log_total[:, None], F)
     v = load_rows(values, start, T, v_stride, F.DV, COLUMNS, F.BLOCK_DV, EDGE, F)
+    dout = operand(dout, first, start, shape[0], F.DV, ROWS, F.BLOCK_DV, F)
     dp = tl.dot(dout, tl.trans(v), input_precision=F.PRECISION)
     if F.DROPOUT:
         keep = dropout_keep(first, start, dropout, ROWS, COLUMNS)
@@ -151,9 +154,10 @@ def _rows_careful(dq, dq_stride, queries, q_stride, douts, dout_stride, peaks, l
     for index in tl.range(0, pieces, num_stages=1):
         start = careful_start(index, ranges, F.BLOCK_N, COLUMNS)
         acc, _, _, _, _ = _rows_step(
-            acc, 0.0, 0.0, 0.0, 0.0, q, dout, peak, log_total, delta, keys, values, start, first,
-            shape, scale, cap, mask, bias, 0.0, 0.0, True, dropout, keep_scale, k_stride, v_stride,
-            lut, 0, F, True, True, ROWS, COLUMNS)  # fmt: skip
+            acc, 0.0, 0.0, 0.0, 0.0, (q, queries, q_stride), (dout, douts, dout_stride), peak,
+            log_total, delta, keys, values, start, first, shape, scale, cap, mask, bias, 0.0, 0.0,
+            True, dropout, keep_scale, k_stride, v_stride, lut, 0, F, True, True, ROWS,
+            COLUMNS)  # fmt: skip
     store_rows(dq, first, rows, dq_stride, acc * grad_scale, F.D, ROWS, F.BLOCK_D, F)
 
 
@@ -250,17 +254,19 @@ def attention_bwd_rows_kernel(
         low_sum = tl.zeros([BLOCK_M], tl.float32)
         high_sum = tl.zeros([BLOCK_M], tl.float32)
         buckets = tl.zeros([BUCKETS], tl.float32)
+        queries = (q_rows, q_base, q_strides)
+        douts = (dout_rows, dout_base, dout_strides)
         for index in range(full_count(ranges)):
             block = full_block(index, ranges)
             acc, row_sum, low_sum, high_sum, buckets = _rows_step(
-                acc, row_sum, low_sum, high_sum, buckets, q_rows, dout_rows, peak, log_sum,
+                acc, row_sum, low_sum, high_sum, buckets, queries, douts, peak, log_sum,
                 delta_rows, k_base, v_base, block * F.BLOCK_N, first, shape, scale, cap, masking,
                 bias, far_lo, far_hi, block < ranges[2], dropout, keep_scale, k_strides, v_strides,
                 lut, first_bucket, F, False, False, BLOCK_M, F.BLOCK_N)  # fmt: skip
         if F.EDGE:
             for index in range(edge_count(ranges)):
                 acc, row_sum, low_sum, high_sum, buckets = _rows_step(
-                    acc, row_sum, low_sum, high_sum, buckets, q_rows, dout_rows, peak, log_sum,
+                    acc, row_sum, low_sum, high_sum, buckets, queries, douts, peak, log_sum,
                     delta_rows, k_base, v_base, edge_block(index, ranges) * F.BLOCK_N, first, shape,
                     scale, cap, masking, bias, 0.0, 0.0, True, dropout, keep_scale, k_strides,
                     v_strides, lut, first_bucket, F, True, False, BLOCK_M, F.BLOCK_N)  # fmt: skip

@@ -215,6 +215,7 @@ REPRESENTATIVE = [
     ("sm90", "bwd", _PAIRS_MASK),
     ("sm90", "fwd", {"D": 128, "packed": True, "right": 0, "lower_right": True}),
     ("sm90", "fwd", {"D": 40, "dtype": "fp32", "right": 0}),
+    ("sm90", "bwd", {"D": 128, "dtype": "fp32"}),
     ("sm90", "fwd", {"D": 40, "dtype": "fp32", "tf32": True}),
 ]
 

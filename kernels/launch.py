@@ -5,7 +5,7 @@ same calls, made from meta tensors, for targets that are not there.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class Features:
     BLOCK_D: int
     BLOCK_DV: int
     PRECISION: str  # of dots on fp32 operands: "ieee" or "tf32"
+    FP32: bool = False  # query, key and value are fp32
     HAS_LEFT: bool = False
     HAS_RIGHT: bool = False
     LOWER_RIGHT: bool = False
@@ -65,6 +66,10 @@ class Features:
     BUCKETS: int = 0  # buckets of the table gradient summed by one launch, a power of two
 
     @property
+    def RELOAD(self) -> bool:
+        return self.FP32 and max(self.BLOCK_D, self.BLOCK_DV) > 64
+
+    @property
     def HIDES(self) -> bool:
         return self.HAS_LEFT or self.HAS_RIGHT or self.MASK != "none"
 
@@ -81,7 +86,12 @@ class Features:
         return min(32, self.BLOCK_N)
 
 
-@dataclass(frozen=True)
+# Made once for each kind of call: a launch should cost no more than its arguments.
+make_features = functools.lru_cache(maxsize=4096)(Features)
+specialize = functools.lru_cache(maxsize=4096)(replace)
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     kernel: Any
     grid: tuple

@@ -1,12 +1,12 @@
 """From the op's inner arguments to what every attention kernel of one call shares."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from .launch import Call, Features, dot_precision
+from .launch import Call, Features, dot_precision, make_features, specialize
 from .tiles import Tile, pick_tile
 
 LOG2E = 1.4426950408889634
@@ -79,10 +79,9 @@ class Plan:
             slope_stride = _broadcast_strides(slopes, 2)
         if positions is not None:
             position_stride = (_broadcast_strides(positions, 2)[0], positions.stride(1))
-        wide = any(
-            max(x.stride(2), x.stride(3)) * 256 >= 2**31 for x in (q, k, v, *others) if x.numel()
-        )
-        features = Features(
+        strides = [x.stride() for x in (q, k, v, *others) if x.dim() == 4]
+        wide = max(max(s[2], s[3]) for s in strides) * 256 >= 2**31
+        features = make_features(
             D=D,
             DV=DV,
             BLOCK_M=16,
@@ -90,6 +89,7 @@ class Plan:
             BLOCK_D=max(16, _next_power_of_2(D)),
             BLOCK_DV=max(16, _next_power_of_2(DV)),
             PRECISION=dot_precision() if q.dtype == torch.float32 else "ieee",
+            FP32=q.dtype == torch.float32,
             HAS_LEFT=left >= 0,
             HAS_RIGHT=right >= 0,
             LOWER_RIGHT=bool(lower_right) and (left >= 0 or right >= 0),
@@ -113,7 +113,7 @@ class Plan:
                     expand_table_kernel,
                     (heads * -(-count // block),),
                     (diagonals, table, lut.contiguous(), table.stride(), heads, count, unit),
-                    replace(features, BLOCK_N=block),
+                    specialize(features, BLOCK_N=block),
                     4,
                     1,
                 )
@@ -123,8 +123,8 @@ class Plan:
             softcap * unit,
             threshold,
             65536 / (65536 - threshold),
-            left if left >= 0 else S + T,
-            right if right >= 0 else S + T,
+            left if 0 <= left < S + T else S + T,
+            right if 0 <= right < S + T else S + T,
             bias_shift,
             reach,
         )
