@@ -82,7 +82,8 @@ void restore_lse(const Call& p, const Task& h, QuerySide<U>& side, KeySide<U>& b
       strip_query_sums(rest, block.s);
     }
   }
-  for (int64_t i = 0; i < BLOCK_Q; i++) rest[i] = lse[i] < FAR_LSE ? __builtin_logf(rest[i]) : 0;
+  for (int64_t i = 0; i < BLOCK_Q; i++)
+    rest[i] = is_far(lse[i], far_lse(h.q.dtype)) ? __builtin_logf(rest[i]) : 0;
 }
 
 // One strip of keys against one block of queries: weights and ds of the key block, and bias

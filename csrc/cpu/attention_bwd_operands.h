@@ -78,10 +78,14 @@ constexpr int64_t padded(int64_t columns) {
   return units_of<U>(columns) * U::PER_UNIT;
 }
 
-// A row that only sees keys with a huge negative number in the mask has an lse that rounding has
-// made useless: exp(logit - lse) is as wrong as its last bit is large. Below this the probabilities
-// are summed once more.
-constexpr float FAR_LSE = -1000.0f;
+// A large lse has lost digits to rounding, all of them where a row only sees keys with a huge
+// negative number in the mask, and exp(logit - lse) is as wrong as its last digit is large. Beyond
+// this magnitude the probabilities of a row are summed once more; those of 16-bit inputs need no
+// better.
+FASTTX_INLINE float far_lse(int32_t dtype) { return dtype == FASTTX_F32 ? 32.0f : 1000.0f; }
+FASTTX_INLINE bool is_far(float lse, float limit) {
+  return (lse > limit && lse < 1e30f) || (lse < -limit && lse != -INF);
+}
 
 // What depends on the head alone, shared by its key blocks.
 template <class U>
@@ -241,7 +245,7 @@ void pack_query_block(const Call& p, const Task& h, QuerySide<U>& side, float* r
       delta[i] = 0;
     else if (h.dlse)
       delta[i] -= h.dlse[(first + i) * h.dlse_stride];
-    far |= x < FAR_LSE && x != -INF;
+    far |= is_far(x, far_lse(h.q.dtype));
     large |= !(x < 1e30f) || !(delta[i] < 1e30f && delta[i] > -1e30f);
   }
   side.large[block] = large;
