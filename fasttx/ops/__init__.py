@@ -3,6 +3,7 @@ autograd, the public function."""
 
 from .add_norm import add_norm, layer_norm, rms_norm
 from .attention import ALiBi, RelativePositionBias, attention
+from .attention_decode import attention_decode, cache_append
 from .cross_entropy import cross_entropy
 from .linear_cross_entropy import linear_cross_entropy
 
@@ -11,6 +12,8 @@ __all__ = [
     "RelativePositionBias",
     "add_norm",
     "attention",
+    "attention_decode",
+    "cache_append",
     "cross_entropy",
     "layer_norm",
     "linear_cross_entropy",
