@@ -120,12 +120,10 @@ class Session:
     def _model_steps(self) -> list[Step]:
         seconds = self.options.budget_s or MODEL_SECONDS[self.options.suite]
         every = self._model_threads()
-        jobs = []
-        for dtype in self.options.dtypes:
-            jobs += [(dtype, i, "forward", t) for i in (0, 1) for t in self.options.threads]
-            jobs.append((dtype, 1, "step", self.options.threads[0]))
-        more = [t for t in every if t not in self.options.threads]
-        jobs += [(dtype, 0, "forward", t) for dtype in self.options.dtypes for t in more]
+        dtypes, first = self.options.dtypes, self.options.threads
+        jobs = [(d, i, "forward", t) for i in (1, 0) for d in dtypes for t in first]
+        jobs += [(dtype, 1, "step", first[0]) for dtype in dtypes]
+        jobs += [(d, 0, "forward", t) for d in dtypes for t in every if t not in first]
         steps = []
         for dtype, batch, direction, threads in jobs:
 
@@ -139,7 +137,8 @@ class Session:
                 name = list(bench.source.batches)[batch]
                 return bench.measure(name, direction, threads, seconds, on_round)
 
-            title = f"BERT {dtype} {direction}, {threads} thr."
+            text = ("sentences", "paragraphs")[batch]
+            title = f"BERT on {text} {dtype} {direction}, {threads} thr."
             steps.append(Step(title, seconds, measure))
         return steps
 
