@@ -82,6 +82,11 @@ def _product(p: Tensor, v: Tensor, used: Tensor) -> Tensor:
     return torch.where(used[..., None], p[..., None] * v[..., None, :, :], 0).sum(-2)
 
 
+def _probabilities(x: Tensor, visible: Tensor, some: Tensor) -> Tensor:
+    """Softmax over the visible keys; exp(x - lse) has lost its digits in a row of finite minima."""
+    return torch.where(visible, torch.softmax(x.masked_fill(~some, 0), -1), 0)
+
+
 def _dense_math(
     q,
     k,
@@ -120,7 +125,7 @@ def _dense_math(
     )
     some = visible.any(-1, keepdim=True)
     lse = torch.logsumexp(x.masked_fill(~some, 0), -1, keepdim=True)
-    p = torch.where(visible, (x - lse).exp(), 0)
+    p = _probabilities(x, visible, some)
     lse = torch.where(some, lse, -torch.inf)
     used = visible
     if threshold := dropout_threshold(dropout_p):
@@ -200,14 +205,14 @@ def attention_bwd(
     wide = torch.promote_types(q.dtype, torch.float32)
     rest = (scale, softcap, dropout_p, left, right, lower_right, bias_shift)
     with torch.autocast(q.device.type, enabled=False), torch.no_grad():
-        widened = [t.to(wide) for t in (dout, q, k, v, out, lse)]
+        widened = [t.to(wide) for t in (dout, q, k, v, out)]
         dlse = None if dlse is None else dlse.to(wide)
         if cu_q is None:
             grads = _dense_backward(
                 *widened, dlse, mask, slopes, positions, table, lut, seed, *rest, 0
             )
         else:
-            dout, q, k, v, out, lse = widened
+            dout, q, k, v, out = widened
             grads = [torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), None, None]
             for s, (rows, keys) in enumerate(_sequences(cu_q, cu_k)):
                 r, c = (slice(None), slice(None), rows), (slice(None), slice(None), keys)
@@ -219,7 +224,6 @@ def attention_bwd(
                     k[c],
                     v[c],
                     out[r],
-                    lse[r],
                     dl,
                     None,
                     slope,
@@ -242,7 +246,7 @@ def attention_bwd(
 
 
 def _dense_backward(
-    dout, q, k, v, out, lse, dlse, mask, slopes, positions, table, lut, seed,
+    dout, q, k, v, out, dlse, mask, slopes, positions, table, lut, seed,
     scale, softcap, dropout_p, left, right, lower_right, bias_shift, batch,
 ):  # fmt: skip
     group, G = _group(q, k), k.shape[1]
@@ -262,9 +266,7 @@ def _dense_backward(
         lower_right,
         bias_shift,
     )
-    p = torch.where(
-        visible, (x - lse[..., None].masked_fill(lse[..., None] == -torch.inf, 0)).exp(), 0
-    )
+    p = _probabilities(x, visible, visible.any(-1, keepdim=True))
     dp, used, dropped = dout @ v.transpose(2, 3), visible, p
     if threshold := dropout_threshold(dropout_p):
         used = visible & philox_mask(seed, dropout_p, *x.shape, first_batch=batch)

@@ -201,6 +201,7 @@ def cases(fast: bool = False) -> list[Case]:
         Case("float mask [B,1,S,T]", {**qkv(S=33, T=70), "attn_mask": additive(2, 1, 33, 70)}, {}, WITH_MASK, layouts={"attn_mask": "sliced"}),
         Case("float mask [B,H,S,T]", {**qkv(H=4, G=2), "attn_mask": additive(2, 4, 37, 37)}, {"dropout_p": 0.1, "seed": 3}, WITH_MASK),
         Case("float mask [1,1,1,1]", {**qkv(), "attn_mask": random(1, 1, 1, 1)}, {}, WITH_MASK),
+        Case("rows of finite minima", {**qkv(S=21, T=26), "attn_mask": torch.zeros(21, 26).index_fill(0, torch.tensor([2, 9]), torch.finfo(torch.float32).min)}, {}, keep=("attn_mask",)),
         Case("float mask in fp32", {**qkv(), "attn_mask": additive(1, 2, 37, 37).float()}, {}, WITH_MASK, keep=("attn_mask",)),
         Case("ALiBi [B,H] with positions", {**qkv(S=35), "slopes": random(2, 2).abs().float(), "positions": padding(2, 35)[:, 0, 0].flip(0).long().cumsum(-1)}, {}, bias=lambda slopes, positions: fasttx.ALiBi(slopes, positions), keep=("slopes",)),
         Case("relative, long", {**qkv(B=1, H=2, S=290, D=64), "table": random(32, 2)}, {}, WITH_TABLE, relative()),
