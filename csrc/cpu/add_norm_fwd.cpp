@@ -6,8 +6,8 @@
 namespace fasttx::FASTTX_ISA {
 namespace {
 
-constexpr int ROWS = FASTTX_AVX512 ? 4 : 1;  // rows that share the loads of weight and bias
-constexpr int64_t MAX_TOGETHER = 4096;         // wider rows go one by one: ROWS of them leave the cache
+constexpr int ROWS = 2;                 // rows whose sums run side by side
+constexpr int64_t MAX_TOGETHER = 4096;  // wider rows go one by one: ROWS of them leave the cache
 
 // Two vectors side by side, past the cache where STREAM.
 template <bool STREAM>
@@ -55,35 +55,28 @@ FASTTX_INLINE void store_two(f16* p, vf a, vf b) {
 #endif
 }
 
-// out = (z - mean) * rstd * weight + bias for R rows.
-template <class T, int R, bool STREAM>
-FASTTX_INLINE void normalize(const Parameters& p, const vf* mean, const vf* rstd,
-                             const float* const* z, T* const* out, int64_t N) {
+// out = (z - mean) * rstd * weight + bias.
+template <class T, bool STREAM>
+FASTTX_INLINE void normalize(const Parameters& p, vf mean, vf rstd, const float* z, T* out,
+                             int64_t N) {
+  auto f = [&](int64_t n) {
+    return fma((load(z + n) - mean) * rstd, load(p.weight + n), load(p.bias + n));
+  };
   int64_t n = 0;
-  for (; n + 2 * W <= N; n += 2 * W) {
-    const vf w0 = load(p.weight + n), w1 = load(p.weight + n + W);
-    const vf b0 = load(p.bias + n), b1 = load(p.bias + n + W);
-    FASTTX_UNROLL(4)
-    for (int i = 0; i < R; i++)
-      store_two<STREAM>(out[i] + n, fma((load(z[i] + n) - mean[i]) * rstd[i], w0, b0),
-                        fma((load(z[i] + n + W) - mean[i]) * rstd[i], w1, b1));
-  }
+  for (; n + 2 * W <= N; n += 2 * W) store_two<STREAM>(out + n, f(n), f(n + W));
   for (; n < N; n += W)
-    for (int i = 0; i < R; i++) {
-      const vf y = fma((load(z[i] + n) - mean[i]) * rstd[i], load(p.weight + n), load(p.bias + n));
-      if (n + W <= N) store(out[i] + n, y);
-      else store_partial(out[i] + n, y, (int)(N - n));
-    }
+    if (n + W <= N) store(out + n, f(n));
+    else store_partial(out + n, f(n), (int)(N - n));
 }
 
-// The statistics of R rows z, kept for the backward, then out.
+// The statistics of R rows z, kept for the backward, then out row by row: written side by side, rows
+// of a tensor in DRAM took twice as long.
 template <class T, int R>
 FASTTX_INLINE void finish_rows(const Problem& p, const int64_t* row, const float* sum,
                                const float* const* z, bool streaming) {
   const fasttx_add_norm& a = *p.a;
   vf mean[R], rstd[R];
-  T* out[R];
-  FASTTX_UNROLL(4)
+  FASTTX_UNROLL(2)
   for (int i = 0; i < R; i++) {
     const int64_t m = row[i];
     const float center = a.rms ? 0.0f : sum[i] / (float)p.N;
@@ -97,10 +90,13 @@ FASTTX_INLINE void finish_rows(const Problem& p, const int64_t* row, const float
     if (!a.rms) a.mean[m] = center;
     a.rstd[m] = scale;
     if (a.total.data) write_row(a.total, m, p.N, z[i]);
-    out[i] = row_at<T>(a.out, m);
   }
-  if (FASTTX_AVX512 && streaming) normalize<T, R, FASTTX_AVX512>(p.p, mean, rstd, z, out, p.N);
-  else normalize<T, R, false>(p.p, mean, rstd, z, out, p.N);
+  for (int i = 0; i < R; i++) {
+    T* out = row_at<T>(a.out, row[i]);
+    if (FASTTX_AVX512 && streaming)
+      normalize<T, FASTTX_AVX512>(p.p, mean[i], rstd[i], z[i], out, p.N);
+    else normalize<T, false>(p.p, mean[i], rstd[i], z[i], out, p.N);
+  }
 }
 
 // z = x + r of one dtype, each side by side in memory; returns the row's sum.
@@ -130,7 +126,7 @@ __attribute__((noinline)) void plain_rows(const Problem& p, int64_t first, bool 
   int64_t row[ROWS];
   float sum[ROWS];
   const float* z[ROWS];
-  FASTTX_UNROLL(4)
+  FASTTX_UNROLL(2)
   for (int i = 0; i < ROWS; i++) {
     row[i] = min64(first + i, p.M - 1);
     float* to = memory + i * p.padded;
