@@ -87,9 +87,13 @@ Row row_statistics(const T* x, const float* weight, int64_t V) {
       begin += BLOCK;
     }
   }
-  const float total = hsum((a.total[0] + a.total[1]) + (a.total[2] + a.total[3]));
+  // One term often rules the sum: its last bits are the gradient's.
+  double total[4] = {};
+  for (int lane = 0; lane < W; lane++)
+    for (int u = 0; u < 4; u++) total[u] += a.total[u][lane];
   const float weighted = hsum((a.weighted[0] + a.weighted[1]) + (a.weighted[2] + a.weighted[3]));
-  return {reference, __builtin_logf(total), weighted};
+  const double sum = (total[0] + total[1]) + (total[2] + total[3]);
+  return {reference, (float)__builtin_log(sum), weighted};
 }
 
 template <class T>
