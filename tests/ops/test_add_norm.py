@@ -89,7 +89,8 @@ CASES = [
     Case("five dimensions", (2, 2, 1, 3, 20), NAMES, {"prenorm": True}),
     Case("transposed", (3, 5, 24), NAMES, DROP, {"x": "transposed", "residual": "transposed", "dout": "transposed"}, quick=True),
     Case("strided", (3, 5, 24), NAMES, {}, {"x": "strided", "residual": "sliced", "weight": "strided", "dout": "strided"}),
-    Case("expanded", (4, 5, 24), NAMES[:4], {"prenorm": True}, {"dout": "expanded", "dtotal": "expanded"}),
+    # 16 rows: a power of two, so that whether a sum of equal values rounds is not a matter of luck.
+    Case("expanded", (4, 4, 24), NAMES[:4], {"prenorm": True}, {"dout": "expanded", "dtotal": "expanded"}),
     Case("four dimensions sliced", (2, 3, 5, 20), NAMES, {}, {"x": "sliced", "residual": "transposed", "dout": "sliced"}),
     Case("fp32 residual and parameters", (6, 50), NAMES, DROP, keep=("residual", "weight", "bias", "x_bias")),
     Case("fp32 parameters", (6, 50), NAMES[:4], {}, keep=("weight", "bias")),
