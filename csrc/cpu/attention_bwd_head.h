@@ -36,7 +36,8 @@ float strip_scores(const Call& p, const Task& h, const QuerySide<U>& side, KeySi
                    (p.D + U::PER_UNIT - 1) / U::PER_UNIT, used_vecs(h.S - query), block.prefetch);
   const bool mask = h.mask.data && h.mask.row != 0;
   StripBias bias = {};
-  bias.band = key < last_query + h.low || key + STRIP - 1 > query + h.high || key + STRIP > h.T;
+  bias.band = key < last_query + h.low || key + STRIP - 1 > query + h.high ||
+              key + STRIP > side.keys_end;
   if (side.has_key_bias) bias.by_key = side.by_key + key;
   if (p.distance.lut) bias.by_distance = side.by_distance + query - key + side.padded_keys;
   if (mask) {
@@ -47,7 +48,7 @@ float strip_scores(const Call& p, const Task& h, const QuerySide<U>& side, KeySi
     return p.scale;
   bias.query = (int32_t)query;
   bias.key = (int32_t)key;
-  bias.keys = (int32_t)h.T;
+  bias.keys = (int32_t)side.keys_end;
   bias.low = h.low;
   bias.high = h.high;
   strip_logits(block.s, bias, p.scale, p.softcap, side.lse + query, block.caps, visible);
@@ -55,11 +56,14 @@ float strip_scores(const Call& p, const Task& h, const QuerySide<U>& side, KeySi
 }
 
 // Keys of the block from `first` on that some query of a block sees, in strips: [from, to).
-FASTTX_INLINE void strips_seen(const Task& h, int64_t query, int64_t first, int64_t rows,
-                               int64_t* from, int64_t* to) {
+template <class U>
+FASTTX_INLINE void strips_seen(const Task& h, const QuerySide<U>& side, int64_t query,
+                               int64_t first, int64_t rows, int64_t* from, int64_t* to) {
   const int64_t last_query = min64(query + BLOCK_Q, h.S) - 1;
-  *from = max64(0, query + h.low - first) / STRIP * STRIP;
-  *to = min64(rows, round_up(max64(0, last_query + h.high + 1 - first), STRIP));
+  const int64_t begin = max64(side.keys_begin, query + h.low);
+  const int64_t end = min64(side.keys_end, last_query + h.high + 1);
+  *from = max64(0, begin - first) / STRIP * STRIP;
+  *to = min64(rows, round_up(max64(0, end - first), STRIP));
 }
 
 // lse_rest of a block of queries: log of the sum of exp(logit - lse).
@@ -73,7 +77,7 @@ void restore_lse(const Call& p, const Task& h, QuerySide<U>& side, KeySide<U>& b
   for (int64_t first = 0; first < h.T; first += BLOCK_K<U>) {
     const int64_t n = min64(BLOCK_K<U>, h.T - first);
     int64_t from, to;
-    strips_seen(h, query, first, round_up(n, STRIP), &from, &to);
+    strips_seen(h, side, query, first, round_up(n, STRIP), &from, &to);
     if (from >= to) continue;
     pack_operand<U>(block.keys, nullptr, ldk, h.k, first, n, round_up(n, STRIP), p.D);
     for (int64_t r = from; r < to; r += STRIP) {
@@ -181,7 +185,7 @@ void key_block(const Call& p, const Task& h, const QuerySide<U>& side, KeySide<U
   for (int64_t b = begin; b < end; b++) {
     const int64_t query = b * BLOCK_Q;
     int64_t from, to;
-    strips_seen(h, query, first, rows, &from, &to);
+    strips_seen(h, side, query, first, rows, &from, &to);
     if (from >= to) continue;
     const bool careful = large || side.large[b];
     for (int64_t r = from; r < to; r += STRIP)

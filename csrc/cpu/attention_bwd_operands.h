@@ -97,6 +97,7 @@ struct QuerySide {
   float *by_key, *by_distance;
   uint8_t *large, *far;  // [blocks]
   int64_t blocks, padded_keys;
+  int64_t keys_begin, keys_end;  // all that a key-padding mask shows lies inside
   bool large_bias, has_key_bias;
 
   void take(Arena& a, const Call& p, int64_t S, int64_t T) {
@@ -185,6 +186,8 @@ void pack_biases(const Call& p, const Task& h, QuerySide<U>& side) {
   const bool key_mask = h.mask.data && h.mask.row == 0;
   side.has_key_bias = h.alibi || key_mask;
   side.large_bias = false;
+  side.keys_begin = 0;
+  side.keys_end = h.T;
   if (side.has_key_bias) {
     vi top = vi{};
     for (int64_t j = 0; j < side.padded_keys; j++) {
@@ -201,6 +204,15 @@ void pack_biases(const Call& p, const Task& h, QuerySide<U>& side) {
       side.by_key[j] = x;
     }
     side.large_bias = any_above(top, LARGE);
+  }
+  // The gradient of the mask is written for every key.
+  if (key_mask && !(p.need & NEED_DMASK)) {
+    int64_t &begin = side.keys_begin, &end = side.keys_end;
+    while (end > 0 && side.by_key[end - 1] == -INF) end--;
+    while (begin < end && side.by_key[begin] == -INF) begin++;
+    bool needed = begin % STRIP != 0;
+    for (int64_t j = begin; j < end && !needed; j++) needed = side.by_key[j] != 0;
+    side.has_key_bias = needed;
   }
   if (p.distance.lut) {
     vi top = vi{};

@@ -26,6 +26,13 @@ class Case:
     keep: tuple[str, ...] = ()
     layouts: dict[str, str] = field(default_factory=dict)
 
+    def plain(self, dtype: torch.dtype) -> tuple[Callable, ...]:
+        """The yardsticks, plain PyTorch in dtype: autograd through a softmax, and in fp32 the
+        reference, which has every backend's residuals: delta = rowsum(dout * out) rounds at the
+        size of dP where softmax's own backward cancels exactly (one visible key: 3e-7, 3e-8)."""
+        composed = self.function("reference", compute=dtype)
+        return (composed, self.function("reference")) if dtype is torch.float32 else (composed,)
+
     def function(self, backend: str, compute: torch.dtype | None = None) -> Callable:
         """attention as a function of the named inputs; `compute` runs plain PyTorch in that dtype
         instead."""

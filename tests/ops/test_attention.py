@@ -43,7 +43,7 @@ def test_against_fp64(name: str, dtype: torch.dtype, case: Case):
     check(
         case.function(name),
         case.function("reference"),
-        case.function("reference", compute=dtype),
+        case.plain(dtype),
         case.inputs,
         dtype=dtype,
         wanted=case.wanted,
@@ -213,7 +213,7 @@ def test_every_subset_of_gradients(need):
         tuple(n for i, n in enumerate(names) if need >> i & 1),
         relative(max_distance=9),
     )
-    plain = case.function("reference", compute=torch.float32)
+    plain = case.plain(torch.float32)
     check(
         case.function("cpu"), case.function("reference"), plain, inputs,
         dtype=torch.float32, wanted=case.wanted, names=("out", "lse"),
