@@ -58,7 +58,11 @@ def alibi(H, **kwargs):
 
 
 def table(H, buckets=8, reach=12):
-    return {"position_bias": RelativePositionBias(random(buckets, H, seed=4).float(), bidirectional=False, max_distance=reach)}
+    return {
+        "position_bias": RelativePositionBias(
+            random(buckets, H, seed=4).float(), bidirectional=False, max_distance=reach
+        )
+    }
 
 
 FEW = {
@@ -111,7 +115,9 @@ CASES = {name: (*case, {}) for name, case in (FEW | MORE).items()} | LAYOUTS
 
 
 def _plain(options, dtype, **x):
-    named = dict.fromkeys(("cache_start", "block_table", "position_bias", "window", "scale", "softcap", "backend"))
+    named = dict.fromkeys(
+        ("cache_start", "block_table", "position_bias", "window", "scale", "softcap", "backend")
+    )
     arguments = checked_decode(**named | {"is_causal": True} | options | x)
     return attention_decode_math(*arguments, compute=dtype)
 
@@ -122,7 +128,9 @@ def _selected():
             for dtype in DTYPES:
                 slow = name == "triton" and (dtype is torch.float16 or case not in FEW)
                 label = f"{name}-{str(dtype).removeprefix('torch.')}-{case}"
-                yield pytest.param(name, dtype, case, id=label, marks=pytest.mark.slow if slow else ())
+                yield pytest.param(
+                    name, dtype, case, id=label, marks=pytest.mark.slow if slow else ()
+                )
 
 
 @pytest.mark.parametrize(("name", "dtype", "case"), list(_selected()))
@@ -144,20 +152,36 @@ def test_reference_is_attention_and_sdpa():
     """The authority itself: attention over each sequence's own keys, and PyTorch's."""
     x = cached(3, 4, 2, S=3, T=40)
     start, bias = ints(5, 0, 9), table(4)["position_bias"]
-    got = fasttx.attention_decode(**x, cache_start=start, softcap=2.0, position_bias=bias, backend="reference")
+    got = fasttx.attention_decode(
+        **x, cache_start=start, softcap=2.0, position_bias=bias, backend="reference"
+    )
     for b in range(3):
         keys = slice(int(start[b]), int(x["cache_lengths"][b]))
         k, v = x["k_cache"][b : b + 1, :, keys], x["v_cache"][b : b + 1, :, keys]
-        expected = fasttx.attention(x["q"][b : b + 1], k, v, is_causal="lower_right", softcap=2.0, position_bias=bias, backend="reference")
+        expected = fasttx.attention(
+            x["q"][b : b + 1],
+            k,
+            v,
+            is_causal="lower_right",
+            softcap=2.0,
+            position_bias=bias,
+            backend="reference",
+        )
         torch.testing.assert_close(got[b : b + 1], expected)
-    got = fasttx.attention_decode(x["q"][:1, :, :1], x["k_cache"][:1], x["v_cache"][:1], ints(40), backend="reference")
-    expected = F.scaled_dot_product_attention(x["q"][:1, :, :1], x["k_cache"][:1], x["v_cache"][:1], enable_gqa=True)
+    got = fasttx.attention_decode(
+        x["q"][:1, :, :1], x["k_cache"][:1], x["v_cache"][:1], ints(40), backend="reference"
+    )
+    expected = F.scaled_dot_product_attention(
+        x["q"][:1, :, :1], x["k_cache"][:1], x["v_cache"][:1], enable_gqa=True
+    )
     torch.testing.assert_close(got, expected)
 
 
 def test_pages_are_the_same_cache(backend):
     """A paged cache and the same keys in one piece."""
-    paged = {n: t.float() if t.is_floating_point() else t for n, t in cached(S=2, T=96, page=16).items()}
+    paged = {
+        n: t.float() if t.is_floating_point() else t for n, t in cached(S=2, T=96, page=16).items()
+    }
     whole = {n: t for n, t in paged.items() if n != "block_table"}
     for name in ("k_cache", "v_cache"):
         whole[name] = paged[name][paged["block_table"].long()].transpose(1, 2).flatten(2, 3)
@@ -186,7 +210,10 @@ def test_hidden_values_reach_nothing(backend, poison):
 
 
 def test_unused_entries_of_the_block_table_are_not_read(backend):
-    x = {n: t.float() if t.is_floating_point() else t for n, t in cached(T=96, page=16, lengths=[33, 20]).items()}
+    x = {
+        n: t.float() if t.is_floating_point() else t
+        for n, t in cached(T=96, page=16, lengths=[33, 20]).items()
+    }
     options = {"cache_start": ints(0, 17), "backend": backend}
     expected = fasttx.attention_decode(**x, **options)
     x["block_table"][0, 3:], x["block_table"][1, 2:], x["block_table"][1, 0] = -1, 10**9, -7
@@ -202,7 +229,20 @@ def test_kernels_stay_in_bounds(backend, page):
     if page:
         blocks[1, 0], blocks[1, 1] = -1, 10**6
     with guarded_outputs():
-        out = attention_decode_fwd(q, k_cache, v_cache, lengths, start, blocks, *[None] * 4, 0.25, 0.0, -1, 0, backend=backend)
+        out = attention_decode_fwd(
+            q,
+            k_cache,
+            v_cache,
+            lengths,
+            start,
+            blocks,
+            *[None] * 4,
+            0.25,
+            0.0,
+            -1,
+            0,
+            backend=backend,
+        )
     assert not out[0].any() and not out[2].any() and out[1].isfinite().all()
     before = k_cache.clone(), v_cache.clone()
     new = torch.ones(3, 2, 2, 16)
@@ -212,7 +252,10 @@ def test_kernels_stay_in_bounds(backend, page):
 
 
 def test_threads_do_not_change_bits():
-    x = {n: t.bfloat16() if t.is_floating_point() else t for n, t in cached(2, 4, 2, S=2, T=2100, D=32).items()}
+    x = {
+        n: t.bfloat16() if t.is_floating_point() else t
+        for n, t in cached(2, 4, 2, S=2, T=2100, D=32).items()
+    }
     threads, found = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3, 8):
@@ -239,7 +282,12 @@ def test_every_instruction_set():
     if reason := unusable("attention_decode_fwd", "cpu"):
         pytest.skip(reason)
     for isa in ("default", "avx2", "avx512"):
-        done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"FASTTX_CPU_ISA": isa}, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"FASTTX_CPU_ISA": isa},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, f"{isa}: {done.stderr}"
 
 
@@ -252,13 +300,22 @@ def test_opcheck():
         for op, args, _ in calls:
             torch.library.opcheck(op.overload, args, {"backend": None})
     cache = torch.randn(2, 2, 9, 4)
-    args = (cache, cache.clone(), torch.randn(2, 2, 3, 4), torch.randn(2, 2, 3, 4), ints(9, 4), None)
+    args = (
+        cache,
+        cache.clone(),
+        torch.randn(2, 2, 3, 4),
+        torch.randn(2, 2, 3, 4),
+        ints(9, 4),
+        None,
+    )
     torch.library.opcheck(cache_append_inplace.overload, args, {"backend": None})
 
 
 def _decode_step(q, k, v, k_cache, v_cache, lengths):
     fasttx.cache_append(k_cache, v_cache, k, v, lengths)
-    return fasttx.attention_decode(q, k_cache, v_cache, lengths, position_bias=ALiBi(torch.full((4,), 0.1)))
+    return fasttx.attention_decode(
+        q, k_cache, v_cache, lengths, position_bias=ALiBi(torch.full((4,), 0.1))
+    )
 
 
 def test_compile():
@@ -291,12 +348,16 @@ def test_append(backend, dtype, layout, page):
             place = int(lengths[b]) - S + s
             if place < 0:
                 continue
-            owner, at = (b, place) if page is None else (int(blocks[b, place // page]), place % page)
+            owner, at = (
+                (b, place) if page is None else (int(blocks[b, place // page]), place % page)
+            )
             for cache, new in zip(expected, fresh, strict=True):
                 cache[owner, :, at] = new[b, :, s]
     caches, fresh = [lay_out(c, layout) for c in caches], [lay_out(t, layout) for t in fresh]
     versions = [c._version for c in caches]
-    assert fasttx.cache_append(*caches, *fresh, lengths, block_table=blocks, backend=backend) is None
+    assert (
+        fasttx.cache_append(*caches, *fresh, lengths, block_table=blocks, backend=backend) is None
+    )
     for cache, want, version in zip(caches, expected, versions, strict=True):
         assert torch.equal(cache, want)
         assert cache._version > version
@@ -320,7 +381,9 @@ def test_autocast_takes_the_caches_dtype():
     x = {n: t.float() if t.is_floating_point() else t for n, t in cached().items()}
     caches = [x["k_cache"].bfloat16(), x["v_cache"].bfloat16()]
     with torch.autocast("cpu", torch.bfloat16):
-        fasttx.cache_append(*caches, *(random(2, 2, 1, 16).float() for _ in range(2)), x["cache_lengths"])
+        fasttx.cache_append(
+            *caches, *(random(2, 2, 1, 16).float() for _ in range(2)), x["cache_lengths"]
+        )
         out = fasttx.attention_decode(x["q"], *caches, x["cache_lengths"])
     assert out.dtype is torch.bfloat16
 
@@ -328,12 +391,16 @@ def test_autocast_takes_the_caches_dtype():
 def test_a_training_step_sees_that_the_cache_changed():
     cache, weight = torch.randn(1, 1, 4, 2), torch.randn(2, requires_grad=True)
     loss = (cache * weight).sum()
-    fasttx.cache_append(cache, torch.zeros(1, 1, 4, 2), torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2), ints(3))
+    fasttx.cache_append(
+        cache, torch.zeros(1, 1, 4, 2), torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2), ints(3)
+    )
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     with torch.inference_mode():
         cache = torch.zeros(1, 1, 4, 2)
-        fasttx.cache_append(cache, cache.clone(), torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2), ints(3))
+        fasttx.cache_append(
+            cache, cache.clone(), torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2), ints(3)
+        )
     assert cache[0, 0, 2].tolist() == [1, 1]
 
 
@@ -351,7 +418,11 @@ def test_large_offsets():
 
 
 Q, CACHE, LENGTHS = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 20, 8), ints(20, 12)
-PAGES = {"k_cache": torch.randn(6, 2, 4, 8), "v_cache": torch.randn(6, 2, 4, 8), "block_table": torch.arange(6).view(2, 3).int()}
+PAGES = {
+    "k_cache": torch.randn(6, 2, 4, 8),
+    "v_cache": torch.randn(6, 2, 4, 8),
+    "block_table": torch.arange(6).view(2, 3).int(),
+}
 NAN = float("nan")
 BAD = {
     "not a tensor": (TypeError, "q must be a tensor, got list", {"q": [1.0]}),
@@ -433,7 +504,13 @@ def test_bad_input(name, monkeypatch):
 @pytest.mark.parametrize("name", BAD_APPEND)
 def test_bad_append(name, monkeypatch):
     error, text, arguments = BAD_APPEND[name]
-    good = {"k_cache": CACHE, "v_cache": CACHE.clone(), "k": NEW, "v": NEW, "cache_lengths": LENGTHS}
+    good = {
+        "k_cache": CACHE,
+        "v_cache": CACHE.clone(),
+        "k": NEW,
+        "v": NEW,
+        "cache_lengths": LENGTHS,
+    }
     _refused(fasttx.cache_append, error, text, good | arguments, monkeypatch)
 
 
