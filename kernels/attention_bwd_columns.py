@@ -94,7 +94,7 @@ def _column_head(head, batch, memory, row0, rows, keys, S, heads, first, COLUMNS
     bias, far_lo, far_hi = bias_place(
         slopes, slope_stride, positions, position_stride, diagonals, batch, memory, head,
         sequences, rows, keys, bias_shift, reach, F)  # fmt: skip
-    masking = (None, 0, 0)
+    masking = (0, 0, 0)
     shown = 1
     if F.MASK != "none":
         head_mask = mask + memory * mask_stride[0] + head.to(tl.int64) * mask_stride[1]

@@ -217,7 +217,7 @@ def attention_bwd_rows_kernel(
     dropout = dropout_place(seed, batch, head, threshold, F)
     low = 0
     high = keys
-    masking = (None, 0, 0)
+    masking = (0, 0, 0)
     if F.MASK != "none":
         head_mask = mask + memory * mask_stride[0] + head.to(tl.int64) * mask_stride[1]
         masking = (head_mask, mask_stride[2], mask_stride[3])

@@ -148,7 +148,7 @@ def bias_place(slopes, slope_stride, positions, position_stride, diagonals, batc
         bias = (0.0, table, keys - rows + bias_shift, reach)
         return bias, tl.load(table), tl.load(table + 2 * reach)
     elif F.BIAS == "none":
-        return (0.0, None, 0, 0), 0.0, 0.0
+        return (0.0, 0, 0, 0), 0.0, 0.0
     else:
         owner = batch
         if F.PACKED:
@@ -160,7 +160,7 @@ def bias_place(slopes, slope_stride, positions, position_stride, diagonals, batc
             keyed = positions + memory * position_stride[0]
             return (slope, keyed, position_stride[1], 0), 0.0, 0.0
         else:
-            return (slope, None, 0, 0), 0.0, 0.0
+            return (slope, 0, 0, 0), 0.0, 0.0
 
 
 @triton.jit

@@ -45,8 +45,11 @@ def assert_sound(rows):
         fp32 = config.get("dtype") == "fp32"
         if fp32 and bool(row["tf32"]) != bool(config.get("tf32")):
             faults.append(f"{label(row)}: {row['tf32']} TF32 instructions")
-        if not fp32 and not row[SIXTEEN_BIT_MATRIX[row["arch"]]]:
-            faults.append(f"{label(row)}: no {SIXTEEN_BIT_MATRIX[row['arch']]} instruction")
+        # The warpgroup instructions of sm_90 and sm_100 take 64 rows or more.
+        rows = row["tile"][1 if "columns" in row["kernel"] else 0]
+        unit = SIXTEEN_BIT_MATRIX[row["arch"]] if rows >= 64 or "mma" not in row else "mma"
+        if not fp32 and not row[unit]:
+            faults.append(f"{label(row)}: no {unit} instruction")
     assert not faults, "\n".join(faults)
 
 
