@@ -328,7 +328,12 @@ def store_rows(base, first, limit, stride, value, width: tl.constexpr, ROWS: tl.
 def tile_visible(i, j, shape, mask, F: tl.constexpr, EDGE: tl.constexpr):
     """Which pairs of a tile are visible, and the float mask's values there."""
     S, T, offset, left, right = shape
-    visible = (i < S) & (j < T)
+    if EDGE:
+        visible = (i < S) & (j < T)
+    elif i.shape[1] == 1:  # full blocks are inside on their own axis: a vector's one predicate
+        visible = (i < S) & (j == j)
+    else:
+        visible = (i == i) & (j < T)
     added = 0.0
     if F.MASK != "none":
         values, stride_i, stride_j = mask
