@@ -24,6 +24,16 @@ def test_attention_example_runs():
     assert names["q"].grad is not None
 
 
+def test_other_ops_example_runs():
+    example = next(
+        code for code in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if "add_norm" in code
+    )
+    names = {}
+    exec(example, names)
+    assert names["vocabulary"].grad is not None
+    assert names["out"].shape == (1, 4, 1, 64)
+
+
 def test_commands_run(capsys):
     commands = [
         shlex.split(line)[1:] for line in re.findall(r"^    (fasttx .*)$", TEXT, re.MULTILINE)
