@@ -26,6 +26,7 @@ from .common import (
     head_base,
     load_rows,
     nonfinite_reaching,
+    operand,
     place,
     store_rows,
     tile_logits,
@@ -48,6 +49,7 @@ def _fwd_step(acc, total, peak, q, keys, values, start, first, shape, scale, cap
     T = shape[1]
     i = first + tl.arange(0, ROWS)
     j = start + tl.arange(0, COLUMNS)
+    q = operand(q, first, start, shape[0], F.D, ROWS, F.BLOCK_D, F, F.FP32 and F.BLOCK_M == 16)
     k = load_rows(keys, start, T, k_stride, F.D, COLUMNS, F.BLOCK_D, EDGE, F)
     product = tl.dot(q, tl.trans(k), input_precision=F.PRECISION)
     PLAIN: tl.constexpr = (
@@ -110,8 +112,8 @@ def _fwd_careful(out, lse, out_stride, queries, q_stride, keys, values, k_stride
     for index in tl.range(0, pieces, num_stages=1):
         start = careful_start(index, ranges, F.BLOCK_N, COLUMNS)
         acc, total, peak = _fwd_step(
-            acc, total, peak, q, keys, values, start, first, shape, scale, cap, mask, bias, 0.0,
-            dropout, k_stride, v_stride, F, True, True, ROWS, COLUMNS)  # fmt: skip
+            acc, total, peak, (q, queries, q_stride), keys, values, start, first, shape, scale, cap,
+            mask, bias, 0.0, dropout, k_stride, v_stride, F, True, True, ROWS, COLUMNS)  # fmt: skip
     i = first + tl.arange(0, ROWS)
     for index in tl.range(0, pieces, num_stages=1):
         start = careful_start(index, ranges, F.BLOCK_N, COLUMNS)
@@ -172,6 +174,7 @@ def attention_fwd_kernel(
     q_rows = load_rows(
         q_base, first, rows, (q_stride[2], q_stride[3]), F.D, F.BLOCK_M, F.BLOCK_D, True, F
     )
+    queries = (q_rows, q_base, (q_stride[2], q_stride[3]))
     kv_strides = (k_stride[2], k_stride[3]), (v_stride[2], v_stride[3])
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -180,13 +183,13 @@ def attention_fwd_kernel(
         block = full_block(index, ranges)
         far = tl.where(block < ranges[2], far_lo, far_hi)
         acc, total, peak = _fwd_step(
-            acc, total, peak, q_rows, k_base, v_base, block * F.BLOCK_N, first, shape, scale, cap,
+            acc, total, peak, queries, k_base, v_base, block * F.BLOCK_N, first, shape, scale, cap,
             masking, bias, far, dropout, kv_strides[0], kv_strides[1], F, False, False,
             BLOCK_M, F.BLOCK_N)  # fmt: skip
     if F.EDGE:
         for index in range(edge_count(ranges)):
             acc, total, peak = _fwd_step(
-                acc, total, peak, q_rows, k_base, v_base, edge_block(index, ranges) * F.BLOCK_N,
+                acc, total, peak, queries, k_base, v_base, edge_block(index, ranges) * F.BLOCK_N,
                 first, shape, scale, cap, masking, bias, 0.0, dropout, kv_strides[0], kv_strides[1],
                 F, True, False, BLOCK_M, F.BLOCK_N)  # fmt: skip
     out_base = head_base(out, out_stride, memory, head, row0)

@@ -166,19 +166,25 @@ def backward_calls(arch, dq, dk, dv, dmask, dtable, dout, dlse, q, k, v, out, ls
     if want_dk or want_dv or column_sums:
         tile = plan.tile("columns")
         tiles = plan.tiles(T, tile.block_n)
-        yield Call(
-            attention_bwd_columns_kernel,
-            (tiles * B * G,),
-            (dk, dv, column_part, delta, shift, log_total, dout,
-             dk.stride() if want_dk else (0, 0, 0, 0), dv.stride() if want_dv else (0, 0, 0, 0),
-             dout.stride(), tiles, B * G, plan.section(B * G), scale, *plan.shared_args()),
-            specialize(
-                f, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-                EDGE=uneven or S % tile.block_m != 0,
-            ),
-            tile.num_warps,
-            tile.num_stages,
-        )  # fmt: skip
+        parts = [f]
+        if want_dk and want_dv and f.FP32 and max(f.BLOCK_D, f.BLOCK_DV) > 128:
+            # Two accumulators this wide do not fit in registers beside fp32 operands.
+            parts = [specialize(f, WRITE_DV=False)]
+            parts += [specialize(f, WRITE_DK=False, COLUMN_SUMS=False)]
+        for part in parts:
+            yield Call(
+                attention_bwd_columns_kernel,
+                (tiles * B * G,),
+                (dk, dv, column_part, delta, shift, log_total, dout,
+                 dk.stride() if want_dk else (0, 0, 0, 0), dv.stride() if want_dv else (0, 0, 0, 0),
+                 dout.stride(), tiles, B * G, plan.section(B * G), scale, *plan.shared_args()),
+                specialize(
+                    part, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+                    EDGE=uneven or S % tile.block_m != 0,
+                ),
+                tile.num_warps,
+                tile.num_stages,
+            )  # fmt: skip
 
     if both_axes:
         tile = plan.tile("mask")

@@ -40,7 +40,8 @@ def _columns_step(dk, dv, column_sum, k, v, queries, douts, peaks, log_totals, d
     i = start + tl.arange(0, ROWS)
     j = first + tl.arange(0, COLUMNS)
     q = load_rows(queries, start, S, q_stride, F.D, ROWS, F.BLOCK_D, EDGE, F)
-    k = operand(k, first, start, shape[1], F.D, COLUMNS, F.BLOCK_D, F)
+    RELOAD: tl.constexpr = F.FP32 and F.BLOCK_N == 16  # smaller tiles are for want of registers
+    k = operand(k, first, start, shape[1], F.D, COLUMNS, F.BLOCK_D, F, RELOAD)
     product = tl.dot(k, tl.trans(q), input_precision=F.PRECISION)
     x, visible, bent = tile_logits(
         product, i[None, :], j[:, None], shape, scale, cap, mask, bias, far, F, EDGE
@@ -63,7 +64,7 @@ def _columns_step(dk, dv, column_sum, k, v, queries, douts, peaks, log_totals, d
             seen = zero_nonfinite(dout)
         dv = tl.dot(dropped.to(seen.dtype), seen, dv, input_precision=F.PRECISION)
     if F.WRITE_DK or F.COLUMN_SUMS:
-        v = operand(v, first, start, shape[1], F.DV, COLUMNS, F.BLOCK_DV, F)
+        v = operand(v, first, start, shape[1], F.DV, COLUMNS, F.BLOCK_DV, F, RELOAD)
         dp = tl.dot(v, tl.trans(dout), input_precision=F.PRECISION)
         if F.DROPOUT:
             dp = tl.where(keep, dp * keep_scale, 0.0)

@@ -67,7 +67,7 @@ def _rows_step(acc, row_sum, low_sum, high_sum, buckets, q, dout, peak, log_tota
         far = tl.where(is_low, far_lo, far_hi)
     i = first + tl.arange(0, ROWS)
     j = start + tl.arange(0, COLUMNS)
-    q = operand(q, first, start, shape[0], F.D, ROWS, F.BLOCK_D, F)
+    q = operand(q, first, start, shape[0], F.D, ROWS, F.BLOCK_D, F, F.FP32)
     k = load_rows(keys, start, T, k_stride, F.D, COLUMNS, F.BLOCK_D, EDGE, F)
     product = tl.dot(q, tl.trans(k), input_precision=F.PRECISION)
     x, visible, bent = tile_logits(
@@ -75,7 +75,7 @@ def _rows_step(acc, row_sum, low_sum, high_sum, buckets, q, dout, peak, log_tota
     )
     p = probability(x, peak[:, None], log_total[:, None], F)
     v = load_rows(values, start, T, v_stride, F.DV, COLUMNS, F.BLOCK_DV, EDGE, F)
-    dout = operand(dout, first, start, shape[0], F.DV, ROWS, F.BLOCK_DV, F)
+    dout = operand(dout, first, start, shape[0], F.DV, ROWS, F.BLOCK_DV, F, F.FP32)
     dp = tl.dot(dout, tl.trans(v), input_precision=F.PRECISION)
     if F.DROPOUT:
         keep = dropout_keep(first, start, dropout, ROWS, COLUMNS)

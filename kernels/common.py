@@ -295,14 +295,14 @@ def load_rows(base, first, limit, stride, width: tl.constexpr, ROWS: tl.constexp
 @triton.jit
 def operand(
     rows, first, start, limit, width: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    F: tl.constexpr,
+    F: tl.constexpr, RELOAD: tl.constexpr,
 ):  # fmt: skip
     """The left operand of a product: rows[0] as loaded before the loop, or loaded once more.
 
     fp32 products hold whole rows of their operands in registers. A load that the compiler cannot
     take out of the loop (start >= 0 is not known to it) keeps them there for one product only.
     """
-    if F.RELOAD:
+    if RELOAD:
         return load_rows(
             rows[1], first + tl.minimum(start, 0), limit, rows[2], width, ROWS, COLS, True, F
         )

@@ -66,10 +66,6 @@ class Features:
     BUCKETS: int = 0  # buckets of the table gradient summed by one launch, a power of two
 
     @property
-    def RELOAD(self) -> bool:
-        return self.FP32 and max(self.BLOCK_D, self.BLOCK_DV) > 64
-
-    @property
     def HIDES(self) -> bool:
         return self.HAS_LEFT or self.HAS_RIGHT or self.MASK != "none"
 
