@@ -82,7 +82,7 @@ _TILES_16 = {
         "sm90": {
             64: ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
             128: ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
-            256: ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1)),
+            256: ((32, 32, 8, 2), (32, 16, 8, 2), (32, 32, 8, 1)),
         },
         "sm100": {
             64: ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2)),
@@ -163,7 +163,7 @@ _TILES_16 = {
     },
 }
 
-# fp32 operands, on any architecture: kernel -> head width -> tiles of the levels light, heavy.
+# fp32 operands, on any architecture: kernel -> head width -> tiles of the levels.
 _TILES_32 = {
     "fwd": {
         64: ((32, 32, 8, 1), (16, 16, 8, 1)),
@@ -181,7 +181,7 @@ _TILES_32 = {
         256: ((16, 16, 8, 1),),
     },
     "columns": {
-        64: ((32, 32, 8, 1), (16, 16, 4, 1)),
+        64: ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
         128: ((16, 16, 8, 1),),
         256: ((16, 16, 8, 1),),
     },
@@ -246,10 +246,9 @@ def pick_tile(
     wide = max(64, width)
     if itemsize == 4:
         tiles = _TILES_32[kernel][wide]
-        chosen = tiles[0 if level(features) == "light" else -1]
     else:
         tiles = _TILES_16[kernel][_LIKE.get(arch, "sm80")][wide]
-        chosen = tiles[min(("light", "dropout", "heavy").index(level(features)), len(tiles) - 1)]
+    chosen = tiles[min(("light", "dropout", "heavy").index(level(features)), len(tiles) - 1)]
     tile = _INTERPRETER if arch == "interpreter" else Tile(*chosen)
     if kernel == "rows_table":
         side = min(tile.block_m, tile.block_n)
