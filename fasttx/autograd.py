@@ -32,7 +32,7 @@ def differentiable(
         kept, kept_outputs = save(tensors, outputs)
         ctx.save_for_backward(*kept, *rest, *kept_outputs)
         ctx.counts = len(tensors), len(rest)
-        ctx.scalars, ctx.backend = scalars, backend
+        ctx.scalars, ctx.backend, ctx.constant = scalars, backend, constant
         ctx.set_materialize_grads(False)
         if constant:
             ctx.mark_non_differentiable(*(outputs[i] for i in constant))
@@ -46,6 +46,8 @@ def differentiable(
 
         @staticmethod
         def backward(ctx, *upstream):
+            # Compiled code hands over zeros for a constant output, where eager gives None.
+            upstream = tuple(None if i in ctx.constant else g for i, g in enumerate(upstream))
             n, m = ctx.counts
             saved = ctx.saved_tensors
             tensors, rest, outputs = saved[:n], saved[n : n + m], saved[n + m :]

@@ -88,13 +88,11 @@ def _forward(tensors, rest, scalars, backend):
 
 def _backward(upstream, tensors, rest, outputs, scalars, need, backend):
     x, residual, *_ = tensors
-    dropout_p, rms, prenorm = scalars[1:4]
-    # Compiled code hands over zeros for an output that was not returned; this one has no elements.
-    dout, dtotal = upstream[0], upstream[1] if prenorm else None
+    dropout_p, rms = scalars[1:3]
     # Without dropout dx is dresidual: one tensor serves both.
     shared = need & 3 == 3 and not dropout_p and residual.dtype is x.dtype
     grads = add_norm_bwd(
-        x, outputs[2], dout, dtotal, *tensors[1:], *rest, dropout_p, rms,
+        x, outputs[2], *upstream[:2], *tensors[1:], *rest, dropout_p, rms,
         need & ~2 if shared else need, backend=backend,
     )  # fmt: skip
     return (grads[0], grads[0], *grads[2:]) if shared else grads
