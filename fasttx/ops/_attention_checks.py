@@ -8,10 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._checks import (
+    FLOATS,
+    check_backend,
+    check_dropout,
+    has_values,
+    number,
+    seed_tensor,
+    short,
+)
 from ._position_bias import ALiBi, RelativePositionBias
 
 BACKENDS = ("cpu", "triton", "reference", "torch")
-_FLOATS = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 _ALIGNMENTS = {False: None, True: False, "upper_left": False, "lower_right": True}
 _NOTHING = (None,) * 6
 
@@ -42,8 +50,7 @@ def checked(
     seed,
     backend,
 ):
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_backend(backend, BACKENDS)
     for name, t in (("query", query), ("key", key), ("value", value)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
@@ -51,12 +58,12 @@ def checked(
     if torch.is_autocast_enabled(device.type):
         query, key, value = (_autocast(t, device.type) for t in (query, key, value))
     dtype = query.dtype
-    if dtype not in _FLOATS:
-        raise TypeError(f"query must be float32, bfloat16, float16 or float64, got {_short(dtype)}")
+    if dtype not in FLOATS:
+        raise TypeError(f"query must be float32, bfloat16, float16 or float64, got {short(dtype)}")
     if key.dtype is not dtype or value.dtype is not dtype:
         raise TypeError(
-            f"query, key and value must have one dtype, got {_short(dtype)}, {_short(key.dtype)} "
-            f"and {_short(value.dtype)}"
+            f"query, key and value must have one dtype, got {short(dtype)}, {short(key.dtype)} "
+            f"and {short(value.dtype)}"
         )
     if key.device != device or value.device != device:
         raise ValueError(
@@ -90,13 +97,12 @@ def checked(
     if scale is None:
         scale = D**-0.5
     elif not isinstance(scale, (int, float)) or not -math.inf < scale < math.inf:
-        raise _number("scale", scale, "a finite number or None")
+        raise number("scale", scale, "a finite number or None")
     if softcap is None:
         softcap = 0.0
     elif not isinstance(softcap, (int, float)) or not 0 < softcap < math.inf:
-        raise _number("softcap", softcap, "a finite number above 0 or None")
-    if dropout_p != 0.0 and (not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0):
-        raise _number("dropout_p", dropout_p, "in [0, 1)")
+        raise number("softcap", softcap, "a finite number above 0 or None")
+    check_dropout(dropout_p)
     if not isinstance(is_causal, (bool, str)) or is_causal not in _ALIGNMENTS:
         raise ValueError(
             f"is_causal must be False, True, 'upper_left' or 'lower_right', got {is_causal!r}"
@@ -128,7 +134,8 @@ def checked(
                 f"position_bias must be fasttx.ALiBi, fasttx.RelativePositionBias or None, got "
                 f"{type(position_bias).__name__}"
             )
-        rest = (slopes, positions, lut, cu_q, cu_k, _seed(seed, device) if dropout_p else None)
+        seed = seed_tensor(seed, device, "query") if dropout_p else None
+        rest = (slopes, positions, lut, cu_q, cu_k, seed)
     if mask is not None:
         mask = _mask(mask, B, H, S, T, leading, device)
     scalars = (
@@ -205,7 +212,7 @@ def _mask(mask, B: int, H: int, S: int, T: int, leading: tuple | None, device) -
         raise TypeError(f"attn_mask must be a tensor or None, got {type(mask).__name__}")
     if mask.dtype is not torch.bool and not mask.is_floating_point():
         raise TypeError(
-            f"attn_mask must be bool (True: visible) or floating (added), got {_short(mask.dtype)}"
+            f"attn_mask must be bool (True: visible) or floating (added), got {short(mask.dtype)}"
         )
     if mask.device != device:
         raise ValueError(f"attn_mask must be on query's device {device}, got {mask.device}")
@@ -234,7 +241,7 @@ def _packed(cu_seqlens, B: int, S: int, T: int, device) -> tuple[Tensor, Tensor]
         )
     for name, cu, total in (("query", pair[0], S), ("key", pair[1], T)):
         if cu.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"cu_seqlens must be int32 or int64, got {_short(cu.dtype)}")
+            raise TypeError(f"cu_seqlens must be int32 or int64, got {short(cu.dtype)}")
         if cu.dim() != 1 or cu.shape[0] < 1:
             raise ValueError(f"cu_seqlens must be [sequences + 1], got shape {tuple(cu.shape)}")
         if cu.device != device:
@@ -310,42 +317,3 @@ def _relative(
             )
         shift = bias.query_offset - (T - S)
     return bias.weight, bias.buckets(), shift
-
-
-def _seed(seed, device) -> Tensor:
-    if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    if isinstance(seed, Tensor):
-        if seed.dtype is not torch.int64 or seed.numel() != 1:
-            raise ValueError(
-                f"seed must be an int64 tensor of one element, got {_short(seed.dtype)} "
-                f"{tuple(seed.shape)}"
-            )
-        if seed.device != device:
-            raise ValueError(f"seed must be on query's device {device}, got {seed.device}")
-        return seed.reshape(1)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise ValueError(
-            f"seed must be a 64-bit int, an int64 tensor of one element or None, got {seed!r}"
-        )
-    return torch.tensor([seed], dtype=torch.int64, device=device)
-
-
-def has_values(t: Tensor) -> bool:
-    """Whether reading t's values is possible and free: a real CPU tensor outside tracing and
-    transforms."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(t) is Tensor
-        and t.device.type == "cpu"
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
-def _number(name: str, value, allowed: str) -> Exception:
-    kind = ValueError if isinstance(value, (int, float)) else TypeError
-    return kind(f"{name} must be {allowed}, got {value!r}")
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

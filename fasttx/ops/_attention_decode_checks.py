@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from ._attention_checks import _alibi, _window, has_values
-from ._checks import check_backend, check_float, number, short
+from ._attention_checks import _alibi, _window
+from ._checks import check_backend, check_float, has_values, number, short
 from ._position_bias import ALiBi, RelativePositionBias
 
 

@@ -56,3 +56,14 @@ def seed_tensor(seed, device: torch.device, owner: str = "x") -> Tensor:
             f"seed must be a 64-bit int, an int64 tensor of one element or None, got {seed!r}"
         )
     return torch.tensor([seed], dtype=torch.int64, device=device)
+
+
+def has_values(t: Tensor) -> bool:
+    """Whether reading t's values is possible and free: a real CPU tensor outside tracing and
+    transforms."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(t) is Tensor
+        and t.device.type == "cpu"
+        and not torch._C._are_functorch_transforms_active()
+    )

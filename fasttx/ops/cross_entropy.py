@@ -21,8 +21,7 @@ from torch import Tensor
 
 from ..autograd import differentiable
 from ..op import Kernel, Needs, Op
-from ._attention_checks import has_values
-from ._checks import check_backend, check_float, number, short
+from ._checks import check_backend, check_float, has_values, number, short
 
 __all__ = [
     "cross_entropy",
