@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from . import op as contract
 
@@ -232,6 +233,49 @@ def recorded_calls() -> Iterator[list[tuple]]:
         yield calls
     finally:
         contract.Op.__call__ = original
+
+
+@contextlib.contextmanager
+def on_device(device: torch.device | str) -> Iterator[None]:
+    """Inner ops run on `device`, whatever tensors the caller has: arguments go there in their exact
+    memory layout, outputs and mutated arguments come back in theirs. So tests written for the CPU
+    hold a GPU's kernels to the same cases. Calls that are traced or transformed are left alone."""
+    original = contract.Op.__call__
+
+    def elsewhere(self, *args, backend=None):
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if torch.compiler.is_compiling() or not all(map(_is_plain, tensors)):
+            return original(self, *args, backend=backend)
+        moved = [_moved(a, device) if isinstance(a, Tensor) else a for a in args]
+        outputs = original(self, *moved, backend=backend)
+        for argument, ours, there in zip(
+            self.overload._schema.arguments, args, moved, strict=False
+        ):
+            if isinstance(ours, Tensor) and argument.alias_info and argument.alias_info.is_write:
+                ours.untyped_storage().copy_(there.untyped_storage())
+        if outputs is None:
+            return None
+        home = tensors[0].device
+        if isinstance(outputs, Tensor):
+            return _moved(outputs, home)
+        return tuple(_moved(t, home) for t in outputs)
+
+    contract.Op.__call__ = elsewhere
+    try:
+        yield
+    finally:
+        contract.Op.__call__ = original
+
+
+def _is_plain(t: Tensor) -> bool:
+    return type(t) in (Tensor, torch.nn.Parameter) and not is_functorch_wrapped_tensor(t)
+
+
+def _moved(t: Tensor, device: torch.device | str) -> Tensor:
+    """A copy on the device of t with all of its storage, so with its strides and offset."""
+    everything = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
+    there = everything.to(device, copy=True)
+    return there.as_strided(t.shape, t.stride(), t.storage_offset())
 
 
 def relative_rms(got: Tensor, gold: Tensor) -> float:

@@ -55,7 +55,8 @@ def seed_tensor(seed, device: torch.device, owner: str = "x") -> Tensor:
         raise ValueError(
             f"seed must be a 64-bit int, an int64 tensor of one element or None, got {seed!r}"
         )
-    return torch.tensor([seed], dtype=torch.int64, device=device)
+    # No copy from the host, which would wait for the device and could not be captured in a graph.
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 def has_values(t: Tensor) -> bool:
