@@ -14,6 +14,7 @@ from .ops import (
     layer_norm,
     linear_cross_entropy,
     rms_norm,
+    rope,
 )
 
 __version__ = "0.1.0"
@@ -30,5 +31,6 @@ __all__ = [
     "linear_cross_entropy",
     "patch",
     "rms_norm",
+    "rope",
     "unpatch",
 ]

@@ -6,6 +6,7 @@ from .attention import ALiBi, RelativePositionBias, attention
 from .attention_decode import attention_decode, cache_append
 from .cross_entropy import cross_entropy
 from .linear_cross_entropy import linear_cross_entropy
+from .rope import rope
 
 __all__ = [
     "ALiBi",
@@ -18,4 +19,5 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "rms_norm",
+    "rope",
 ]
