@@ -308,7 +308,11 @@ PACKAGES = packages()
 setup(
     packages=sorted(PACKAGES),
     package_dir=PACKAGES,
-    package_data={"fasttx": ["py.typed"], "fasttx.benchmarks": ["*.html"]},
+    package_data={
+        "fasttx": ["py.typed"],
+        "fasttx.benchmarks": ["*.html"],
+        "fasttx.kernels": ["tuned.json"],
+    },
     ext_modules=extensions(),
     cmdclass={"build_ext": NinjaBuildExt, "build_py": BuildPy, "bdist_wheel": ManylinuxWheel},
     zip_safe=False,

@@ -2,11 +2,15 @@
 
 The table holds, for each kernel, architecture and padded head width, the largest tile found to
 compile without spilling at three levels of features. `python -m fasttx.kernels.compile_check`
-compiles every entry; none of them has been tuned by running.
+compiles every entry. What was tuned by running stands in tuned.json, with its measurement, and
+comes first; `python -m benchmarks.gpu --only tune` makes it.
 """
 
+import contextlib
 import functools
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -228,6 +232,40 @@ def _power_of_2_from(length: int, least: int) -> int:
     return max(least, 1 << max(length - 1, 0).bit_length())
 
 
+def tile_key(kernel: str, itemsize: int, width: int, features: frozenset) -> str:
+    """The entry of tuned.json that a call belongs to: kernel/bits/head width/level."""
+    return f"{kernel}/{8 * itemsize}/{max(64, width)}/{level(features)}"
+
+
+@functools.cache
+def tuned() -> dict[str, dict[str, dict]]:
+    """arch -> tile_key -> {"tile": [...], and how it was measured}."""
+    return json.loads(Path(__file__).with_name("tuned.json").read_text())
+
+
+_trials: dict[str, Tile] = {}
+
+
+@contextlib.contextmanager
+def trial(key: str, tile: Tile):
+    """Calls of this tile_key run with this tile, to measure it."""
+    _trials[key] = tile
+    pick_tile.cache_clear()
+    try:
+        yield
+    finally:
+        del _trials[key]
+        pick_tile.cache_clear()
+
+
+def _compiled(kernel: str, arch: str, itemsize: int, width: int, level: str) -> tuple:
+    if itemsize == 4:
+        tiles = _TILES_32[kernel][width]
+    else:
+        tiles = _TILES_16[kernel][_LIKE.get(arch, "sm80")][width]
+    return tiles[min(("light", "dropout", "heavy").index(level), len(tiles) - 1)]
+
+
 @functools.lru_cache(maxsize=4096)
 def pick_tile(
     kernel: str,
@@ -243,13 +281,15 @@ def pick_tile(
     width is the head size padded to a power of two, of keys or values, the greater; queries and
     keys are the lengths, or at least the longest possible, and features is from FEATURES.
     """
-    wide = max(64, width)
-    if itemsize == 4:
-        tiles = _TILES_32[kernel][wide]
+    key = tile_key(kernel, itemsize, width, features)
+    if arch == "interpreter":
+        tile = _INTERPRETER
+    elif key in _trials:
+        tile = _trials[key]
+    elif key in (measured := tuned().get(arch, {})):
+        tile = Tile(*measured[key]["tile"])
     else:
-        tiles = _TILES_16[kernel][_LIKE.get(arch, "sm80")][wide]
-    chosen = tiles[min(("light", "dropout", "heavy").index(level(features)), len(tiles) - 1)]
-    tile = _INTERPRETER if arch == "interpreter" else Tile(*chosen)
+        tile = Tile(*_compiled(kernel, arch, itemsize, max(64, width), level(features)))
     if kernel == "rows_table":
         side = min(tile.block_m, tile.block_n)
         tile = replace(tile, block_m=side, block_n=side)
