@@ -309,7 +309,7 @@ setup(
     packages=sorted(PACKAGES),
     package_dir=PACKAGES,
     package_data={
-        "fasttx": ["py.typed"],
+        "fasttx": ["py.typed", "gpu_runs.json"],
         "fasttx.benchmarks": ["*.html"],
         "fasttx.kernels": ["tuned.json"],
     },

@@ -330,6 +330,7 @@ def _backends():
 
     import fasttx  # noqa: F401  (its import fills the registry)
 
+    from .explain import last_gpu_run
     from .op import OPS
 
     for op in OPS.values():
@@ -344,7 +345,10 @@ def _backends():
                 else:
                     why = kernel.unavailable()
                 usable = "usable when asked for by name" if kernel.needs.by_name else "usable"
-                yield op.name, device, kernel.backend, why is None, why or usable
+                state = why or usable
+                if device == "cuda" and kernel.backend != "reference":
+                    state += f"; last run on a GPU: {last_gpu_run(op.public, kernel.backend)}"
+                yield op.name, device, kernel.backend, why is None, state
 
 
 if __name__ == "__main__":

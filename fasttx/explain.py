@@ -1,7 +1,10 @@
 """What a call of a public function would run, and why not the other kernels."""
 
+import functools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -68,8 +71,23 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
     return Explanation(tuple(rows))
 
 
+GPU_RUNS = Path(__file__).with_name("gpu_runs.json")
+
+
+@functools.cache
+def gpu_runs() -> dict[str, dict[str, dict[str, str]]]:
+    """op -> backend -> card, date and commit of the last run in which all its tests passed."""
+    return json.loads(GPU_RUNS.read_text())
+
+
+def last_gpu_run(op: str, backend: str) -> str:
+    found = gpu_runs().get(op, {}).get(backend)
+    return "never" if found is None else f"{found['date']}, {found['card']}, {found['commit']}"
+
+
 def support_table() -> str:
-    """Markdown: op, device, backend, direction, dtypes, from the data that picks kernels."""
+    """Markdown: op, device, backend, direction, dtypes, from the data that picks kernels, and when
+    a GPU's kernels last ran on one."""
     directions: dict[tuple, list[str]] = {}
     for op in OPS.values():
         suffix = op.name.removeprefix(op.public + "_")
@@ -79,11 +97,13 @@ def support_table() -> str:
                 row = (op.public, device, kernel.backend, *_summary(kernel.needs))
                 directions.setdefault(row, []).append(direction)
     lines = [
-        "| op | device | backend | direction | dtypes | limits |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| op | device | backend | direction | dtypes | limits | last run on a GPU |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (*names, dtypes, limits), both in sorted(directions.items(), key=lambda row: row[0][:2]):
-        lines.append("| " + " | ".join((*names, ", ".join(both), dtypes, limits)) + " |")
+        op, device, backend = names
+        ran = last_gpu_run(op, backend) if device == "cuda" and backend != "reference" else ""
+        lines.append("| " + " | ".join((*names, ", ".join(both), dtypes, limits, ran)) + " |")
     return "\n".join(lines)
 
 

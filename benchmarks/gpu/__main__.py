@@ -64,6 +64,7 @@ def gpu(
         raise BadUsage(str(error)) from None
     items = [i for part in parts for i in PARTS[part]() if match in i.key]
     left = execute(items, record, seconds, again)
+    commands.remember(record, commands.ROOT / "fasttx" / "gpu_runs.json")
     (folder / "gpu.md").write_text(report.markdown(record, left))
     print(report.markdown(record, left))
     print(f"wrote {path} and {folder / 'gpu.md'}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -16,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from .isolate import Refused
-from .record import Item
+from .record import Item, Record, write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Traced calls and opcheck run where their tensors are, which is not where the kernels are.
 ELSEWHERE = "(triton or cuda) and not opcheck and not compile"
+BACKENDS = ("triton", "cuda")
 SMALL = "small and bfloat16"
 _TAIL = 3000
 _SANITIZER_FAILED = 77
@@ -107,7 +109,7 @@ def _workers() -> list[str]:
 
 def parse_junit(report: Path, environment: dict[str, str]) -> dict[str, Any]:
     counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
-    failures, reasons = [], {}
+    failures, reasons, ran = [], {}, set()
     for case in ElementTree.parse(report).getroot().iter("testcase"):
         bad = next((e for e in case if e.tag in ("failure", "error")), None)
         skipped = case.find("skipped")
@@ -115,17 +117,35 @@ def parse_junit(report: Path, environment: dict[str, str]) -> dict[str, Any]:
         if skipped is not None:
             reason = skipped.get("message", "")
             reasons[reason] = reasons.get(reason, 0) + 1
+        elif bad is None:
+            ran |= {b for b in BACKENDS if re.search(rf"\b{b}\b", case.get("name", ""))}
         if bad is not None:
             node = _node(case)
             line = _line(["python", "-m", "pytest", node], **environment)
             message = (bad.get("message") or bad.text or "")[:500]
             failures.append({"what": node, "message": message, "reproduce": line})
-    return {**counts, "skip_reasons": reasons, "failures": failures}
+    return {**counts, "backends": sorted(ran), "skip_reasons": reasons, "failures": failures}
 
 
 def _node(case: ElementTree.Element) -> str:
     parts = case.get("classname", "").split(".")
     return "/".join(parts) + ".py::" + case.get("name", "")
+
+
+def remember(record: Record, path: Path) -> None:
+    """Writes into gpu_runs.json which ops' tests passed on this card, by backend."""
+    runs = json.loads(path.read_text())
+    for key, outcome in record.outcomes.items():
+        op = key.removeprefix("test/test_")
+        if op == key or outcome.status != "ok":
+            continue
+        for backend in outcome.result["backends"]:
+            runs.setdefault(op, {})[backend] = {
+                "card": record.machine["gpu"],
+                "date": outcome.at[:10],
+                "commit": record.machine["commit"] or "",
+            }
+    write_atomically(path, json.dumps(runs, indent=1, sort_keys=True) + "\n")
 
 
 def sanitizers() -> list[Item]:

@@ -129,6 +129,7 @@ def test_failures_of_pytest_keep_their_line(tmp_path):
     )
     found = commands.parse_junit(path, {"FASTTX_TEST_DEVICE": "cuda"})
     assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, 1)
+    assert found["backends"] == ["triton"]
     assert found["failures"] == [
         {
             "what": "tests/ops/test_x.py::test_b[1]",
@@ -137,6 +138,19 @@ def test_failures_of_pytest_keep_their_line(tmp_path):
             "'tests/ops/test_x.py::test_b[1]'",
         }
     ]
+
+
+def test_what_passed_is_remembered(tmp_path):
+    record = Record(tmp_path / "gpu.json", MACHINE | {"gpu": "Card"})
+    for op, status in (("rope", "ok"), ("softmax", "failed")):
+        outcome = command.Outcome("test", status, 1.0, "line", result={"backends": ["triton"]})
+        record.add(f"test/test_{op}", outcome)
+    path = tmp_path / "runs.json"
+    path.write_text('{"embed": {}}')
+    commands.remember(record, path)
+    runs = json.loads(path.read_text())
+    assert set(runs) == {"embed", "rope"}
+    assert runs["rope"]["triton"]["card"] == "Card" and runs["rope"]["triton"]["commit"] == "abc"
 
 
 def test_pytest_that_runs_nothing_is_a_failure(monkeypatch):
