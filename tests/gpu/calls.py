@@ -98,6 +98,12 @@ def _head(V=523, rows=40, width=96):
     return make
 
 
+def _turned(x, cos, sin):
+    """transformers' rotate_half."""
+    low, high = x.to(cos.dtype).chunk(2, -1)
+    return (x * cos + torch.cat((-high, low), -1) * sin).to(x.dtype)
+
+
 def _appended(k, lengths):
     caches = [k.new_zeros(k.shape[0], k.shape[1], 64, k.shape[3]) for _ in range(2)]
     fasttx.cache_append(*caches, k, 2 * k, lengths)
@@ -182,6 +188,28 @@ CALLS = {
         lambda k, lengths: _appended(k, lengths),
         lambda k, lengths: _placed(k, lengths),
         (),
+    ),
+    "rope": Call(
+        lambda device, dtype, scale: {
+            "q": _normal(device, dtype, 2, 4, 24 * scale, 64),
+            "k": _normal(device, dtype, 2, 2, 24 * scale, 64),
+            "cos": torch.randn(24 * scale, 64).to(device),
+            "sin": torch.randn(24 * scale, 64).to(device),
+        },
+        lambda q, k, cos, sin: torch.cat(fasttx.rope(q, k, cos, sin), 1),
+        lambda q, k, cos, sin: _turned(torch.cat((q, k), 1), cos, sin),
+        ("q", "k"),
+    ),
+    "rope in place": Call(
+        lambda device, dtype, scale: {
+            "q": _normal(device, dtype, 2, 4, 24 * scale, 64),
+            "k": _normal(device, dtype, 2, 2, 24 * scale, 64),
+            "cos": torch.randn(24 * scale, 64).to(device),
+            "sin": torch.randn(24 * scale, 64).to(device),
+        },
+        lambda q, k, cos, sin: torch.cat(fasttx.rope(q * 1, k * 1, cos, sin, inplace=True), 1),
+        lambda q, k, cos, sin: _turned(torch.cat((q, k), 1), cos, sin),
+        ("q", "k"),
     ),
     "linear_cross_entropy none": Call(
         _head(),
