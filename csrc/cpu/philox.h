@@ -136,13 +136,14 @@ FASTTX_INLINE void philox(const Dropout& d, uint32_t column_group, vu row, uint3
   philox(d, philox_rows(d, row, head), column_group, head, batch, out);
 }
 
-// The 16-bit numbers of columns 0, 1, ... of one row, in order; writes a multiple of 8 W of them.
+// The 16-bit numbers of columns 8 first_group, ... of one row, in order; writes a multiple of 8 W of
+// them.
 // Lane 4 q + i computes column group (W / 4) i + q, so that the transposes inside 128 bits that
 // bring its four words together leave the groups in order.
 FASTTX_INLINE void philox_row(const Dropout& d, int64_t columns, uint32_t row, uint32_t head,
-                              uint32_t batch, uint16_t* out) {
+                              uint32_t batch, uint16_t* out, uint32_t first_group = 0) {
   const vi lane = lane_index();
-  const vu group = (vu)((lane & 3) * (W / 4) + (lane >> 2));
+  const vu group = (vu)((lane & 3) * (W / 4) + (lane >> 2)) + first_group;
   for (int64_t first = 0; first < columns; first += 8 * W) {
     vu w[4];
     philox_words(d, group + (uint32_t)(first / 8), row - vu{}, head - vu{}, batch - vu{}, w);

@@ -1,0 +1,220 @@
+// The feed-forward layer, forward: a block of tokens, the lanes of vectors, goes through both products;
+// its hidden layer stays packed for the second one and never lies in memory as a matrix. For a few
+// tokens the sums themselves lie in lanes.
+#include "cpu/ffn.h"
+
+#include "cpu/parallel.h"
+#include "cpu/strip.h"
+
+namespace fasttx::FASTTX_ISA {
+namespace {
+
+enum DropoutPlace { HIDDEN = 0, OUTPUT = 1 };
+
+struct Forward {
+  const fasttx_ffn& a;
+  Dropout hidden, output;
+  int64_t M, K, F, N;
+  int width;
+  Broadcast w1, w2, w_gate;
+
+  int32_t dtype() const { return a.x.dtype; }
+  int64_t x_floats() const { return padded_units(dtype(), K) * width; }
+  int64_t h_floats() const { return padded_units(dtype(), F) * width; }
+  int64_t tokens(int64_t block) const { return min64(width, M - block * width); }
+};
+
+// Strips from .. to - 1 of the hidden layer of a block, to h as packed lanes.
+template <class T>
+void hidden_strips(const Forward& p, int64_t block, const float* x, float* h, int64_t from, int64_t to) {
+  const fasttx_ffn& a = p.a;
+  const int64_t m = block * p.width, lanes = p.tokens(block), units = units_of(p.dtype(), p.K);
+  const int vecs = (int)((lanes + W - 1) / W);
+  const bool pairs = units_of(p.dtype(), 2) == 1;
+  alignas(64) float s[STRIP * LANES], gate[STRIP * LANES];
+  for (int64_t n = from * STRIP; n < min64(to * STRIP, p.F); n += STRIP) {
+    const int64_t rows = min64(STRIP, p.F - n);
+    strip(p.dtype(), s, p.w1.data + n * p.w1.row, p.w1.row, rows, x, p.width, units, vecs, false);
+    add_bias<T>(s, rows, a.b1, n);
+    if (a.keep) put_transposed<T>(s, rows, lanes, a.pre, {}, m, n);
+    if (a.w_gate.data) {
+      strip(p.dtype(), gate, p.w_gate.data + n * p.w_gate.row, p.w_gate.row, rows, x, p.width, units, vecs,
+            false);
+      add_bias<T>(gate, rows, a.b_gate, n);
+      if (a.keep) put_transposed<T>(gate, rows, lanes, a.pre_gate, {}, m, n);
+    }
+    apply_activation(a.activation, s, a.w_gate.data ? gate : nullptr, rows, vecs);
+    drop_strip(p.hidden, s, rows, vecs, m, n, HIDDEN);
+    for (int64_t r = 0; r < rows; r += pairs ? 2 : 1)
+      for (int v = 0; v < vecs; v++) {
+        const vf one = load(s + r * LANES + v * W);
+        if (pairs) {
+          const vf two = r + 1 < rows ? load(s + (r + 1) * LANES + v * W) : vf{};
+          store_int(h + (n + r) / 2 * p.width + v * W, round_pair(one, two));
+        } else {
+          store(h + (n + r) * p.width + v * W, one);
+        }
+      }
+  }
+}
+
+// Strips from .. to - 1 of the output of a block.
+template <class T>
+void output_strips(const Forward& p, int64_t block, const float* h, int64_t from, int64_t to) {
+  const fasttx_ffn& a = p.a;
+  const int64_t m = block * p.width, lanes = p.tokens(block), units = units_of(p.dtype(), p.F);
+  const int vecs = (int)((lanes + W - 1) / W);
+  alignas(64) float s[STRIP * LANES];
+  for (int64_t n = from * STRIP; n < min64(to * STRIP, p.N); n += STRIP) {
+    const int64_t rows = min64(STRIP, p.N - n);
+    if (units)
+      strip(p.dtype(), s, p.w2.data + n * p.w2.row, p.w2.row, rows, h, p.width, units, vecs, false);
+    else
+      __builtin_memset(s, 0, sizeof(s));
+    add_bias<T>(s, rows, a.b2, n);
+    drop_strip(p.output, s, rows, vecs, m, n, OUTPUT);
+    put_transposed<T>(s, rows, lanes, a.out, {}, m, n);
+  }
+}
+
+template <class T>
+int forward(Forward p) {
+  const fasttx_ffn& a = p.a;
+  const Operand w1 = matrix(a.w1), w2 = matrix(a.w2), w_gate = matrix(a.w_gate), x = matrix(a.x);
+  const int64_t one = broadcast_floats(w1, p.F, p.K), two = broadcast_floats(w2, p.N, p.F);
+  const int64_t three = a.w_gate.data ? broadcast_floats(w_gate, p.F, p.K) : 0;
+  float* packed = nullptr;
+  if (one + two + three && !(packed = (float*)scratch(SCRATCH_SHARED, (one + two + three) * 4)))
+    return FASTTX_NO_MEMORY;
+  p.w1 = broadcast(w1, p.F, p.K, packed);
+  p.w2 = broadcast(w2, p.N, p.F, packed + one);
+  if (a.w_gate.data) p.w_gate = broadcast(w_gate, p.F, p.K, packed + one + two);
+  p.width = block_lanes(a.x.dtype, max64(p.K, p.F));
+
+  const int64_t blocks = (p.M + p.width - 1) / p.width, workers = num_workers();
+  const int64_t hidden = (p.F + STRIP - 1) / STRIP, output = (p.N + STRIP - 1) / STRIP;
+  bool failed = false;
+  const auto pack = [&](int64_t block) {
+    float* lanes = (float*)scratch(SCRATCH_PACK, p.x_floats() * 4 + 64);
+    if (lanes) pack_lane_block(x, block * p.width, p.tokens(block), p.K, p.width, lanes);
+    else __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
+    return lanes;
+  };
+  if (blocks >= workers) {
+    parallel_items(blocks, workers, [&](int64_t, int64_t block) {
+      const float* lanes = pack(block);
+      float* h = (float*)scratch(SCRATCH_HEAD, p.h_floats() * 4 + 64);
+      if (!h) __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
+      if (!lanes || !h) return;
+      hidden_strips<T>(p, block, lanes, h, 0, hidden);
+      output_strips<T>(p, block, h, 0, output);
+    });
+    return failed ? FASTTX_NO_MEMORY : FASTTX_OK;
+  }
+  // Fewer blocks than workers: all of them, split by columns.
+  float* h = (float*)scratch(SCRATCH_HEAD, blocks * p.h_floats() * 4 + 64);
+  if (!h) return FASTTX_NO_MEMORY;
+  const int64_t parts = (2 * workers + blocks - 1) / blocks;
+  parallel_items(blocks * parts, workers, [&](int64_t, int64_t item) {
+    const int64_t block = item / parts, part = item % parts;
+    if (const float* lanes = pack(block))
+      hidden_strips<T>(p, block, lanes, h + block * p.h_floats(), hidden * part / parts,
+                       hidden * (part + 1) / parts);
+  });
+  parallel_items(blocks * parts, workers, [&](int64_t, int64_t item) {
+    const int64_t block = item / parts, part = item % parts;
+    output_strips<T>(p, block, h + block * p.h_floats(), output * part / parts,
+                     output * (part + 1) / parts);
+  });
+  return failed ? FASTTX_NO_MEMORY : FASTTX_OK;
+}
+
+// s [rows of x][LANES], columns n ... : plus bias.
+template <class T>
+void add_bias_columns(float* s, int64_t M, int64_t count, const fasttx_tensor& bias, int64_t n) {
+  if (!bias.data) return;
+  for (int64_t c = 0; c < count; c++) {
+    const float b = bias_at<T>(bias, n + c);
+    for (int64_t m = 0; m < M; m++) s[m * LANES + c] += b;
+  }
+}
+void drop_columns(const Dropout& d, float* s, int64_t M, int64_t n, uint32_t place) {
+  if (!d.threshold) return;
+  uint16_t numbers[LANES > 8 * W ? LANES : 8 * W];
+  for (int64_t m = 0; m < M; m++) {
+    philox_row(d, LANES, (uint32_t)m, place, 0, numbers, (uint32_t)(n / 8));
+    for (int c = 0; c < LANES; c += W) {
+      float* p = s + m * LANES + c;
+      store(p, zero_unless(keep_columns(numbers + c, d.threshold), load(p) * set1(d.keep_scale)));
+    }
+  }
+}
+template <class T>
+void put_columns(const float* s, int64_t M, int64_t count, const fasttx_tensor& out, int64_t n) {
+  const Operand to = matrix(out);
+  for (int64_t m = 0; m < M; m++)
+    for (int64_t c = 0; c < count; c += W)
+      store_strided(element<T>(to, m, n + c), to.column, load(s + m * LANES + c),
+                    (int)min64(W, count - c));
+}
+
+template <class T>
+int few_forward(const Forward& p) {
+  const fasttx_ffn& a = p.a;
+  const int64_t M = p.M, x_floats = few_floats(p.dtype(), M, p.K), h_row = padded_units(p.dtype(), p.F);
+  float* memory = (float*)scratch(SCRATCH_SHARED, (x_floats + M * h_row) * 4 + 64);
+  if (!memory) return FASTTX_NO_MEMORY;
+  const Broadcast x = pack_few(matrix(a.x), M, p.K, memory);
+  const Broadcast h = {memory + x_floats, h_row};
+  const bool pairs = units_of(p.dtype(), 2) == 1;
+  __builtin_memset(memory + x_floats, 0, M * h_row * 4);
+  parallel_items((p.F + LANES - 1) / LANES, num_workers(), [&](int64_t, int64_t item) {
+    const int64_t n = item * LANES, count = min64(LANES, p.F - n);
+    alignas(64) float s[FEW * LANES] = {}, gate[FEW * LANES] = {};
+    few_rows(s, x, M, matrix(a.w1), n, count, p.K);
+    add_bias_columns<T>(s, M, count, a.b1, n);
+    if (a.keep) put_columns<T>(s, M, count, a.pre, n);
+    if (a.w_gate.data) {
+      few_rows(gate, x, M, matrix(a.w_gate), n, count, p.K);
+      add_bias_columns<T>(gate, M, count, a.b_gate, n);
+      if (a.keep) put_columns<T>(gate, M, count, a.pre_gate, n);
+    }
+    apply_activation(a.activation, s, a.w_gate.data ? gate : nullptr, M, LANES / W);
+    drop_columns(p.hidden, s, M, n, HIDDEN);
+    for (int64_t m = 0; m < M; m++)
+      for (int64_t c = 0; c < count; c += W) {
+        const int here = (int)min64(W, count - c);
+        const vf y = load(s + m * LANES + c);
+        float* row = (float*)h.data + m * h_row;
+        if (pairs) store_strided((bf16*)row + n + c, 1, y, here);
+        else store_strided(row + n + c, 1, y, here);
+      }
+  });
+  parallel_items((p.N + LANES - 1) / LANES, num_workers(), [&](int64_t, int64_t item) {
+    const int64_t n = item * LANES, count = min64(LANES, p.N - n);
+    alignas(64) float s[FEW * LANES] = {};
+    few_rows(s, h, M, matrix(a.w2), n, count, p.F);
+    add_bias_columns<T>(s, M, count, a.b2, n);
+    drop_columns(p.output, s, M, n, OUTPUT);
+    put_columns<T>(s, M, count, a.out, n);
+  });
+  return FASTTX_OK;
+}
+
+}  // namespace
+
+int ffn_fwd(const fasttx_ffn& a) {
+  Forward p = {a, make_dropout(a.hidden_dropout_p, a.seed), make_dropout(a.dropout_p, a.seed),
+               a.x.sizes[0], a.x.sizes[1], a.w1.sizes[0], a.w2.sizes[0], 0, {}, {}, {}};
+  const bool rows = a.w1.strides[1] == 1 && a.w2.strides[1] == 1 &&
+                    (!a.w_gate.data || a.w_gate.strides[1] == 1);
+  int status = FASTTX_OK;
+  if (p.M == 0) return status;
+  with_type(a.x.dtype, [&](auto t) {
+    typedef decltype(t) T;
+    status = p.M <= FEW && rows ? few_forward<T>(p) : forward<T>(p);
+  });
+  return status;
+}
+
+}  // namespace fasttx::FASTTX_ISA

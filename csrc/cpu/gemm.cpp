@@ -1,0 +1,363 @@
+#include "cpu/gemm.h"
+
+#include "cpu/pack.h"
+#include "cpu/parallel.h"
+
+namespace fasttx::FASTTX_ISA {
+namespace {
+
+bool pairs(int32_t dtype) { return has_dpbf16 && dtype == FASTTX_BF16; }
+
+template <class T>
+constexpr bool PAIRS = false;
+template <>
+constexpr bool PAIRS<bf16> = has_dpbf16;
+
+template <class T, int WIDTH>
+void pack_block(const Operand& b, int64_t j, int64_t lanes, int64_t K, float* out) {
+  const T* src = element<const T>(b, j, 0);
+  constexpr int VECTORS = WIDTH / W;
+  if constexpr (PAIRS<T>) {
+    if (b.column == 1) pack_lanes_pairs<VECTORS>(src, b.row, 1, lanes, K, (vi*)out);
+    else pack_row_pairs(src, b.column, b.row, K, lanes, WIDTH, (bf16*)out);
+  } else {
+    if (b.column == 1) pack_lanes<VECTORS>(src, b.row, int64_t{1}, lanes, K, (vf*)out);
+    else pack_rows(src, b.column, b.row, K, lanes, WIDTH, out);
+  }
+}
+
+// Units p .. p + W - 1 of rows i .. i + n - 1, n <= W, in vectors of rows.
+template <class T>
+FASTTX_INLINE vi unit_column(const Operand& a, int64_t i, int64_t p, int n, int64_t K) {
+  if constexpr (PAIRS<T>) {
+    const vu low = (vu)load_strided(element<const T>(a, i, 2 * p), a.row, n);
+    const vu high = 2 * p + 1 < K ? (vu)load_strided(element<const T>(a, i, 2 * p + 1), a.row, n) : vu{};
+    return (vi)(low >> 16 | high);
+  } else {
+    return (vi)load_strided(element<const T>(a, i, p), a.row, n);
+  }
+}
+
+// Rows i .. i + n - 1 to out[r][ld], zeros from K on.
+template <class T>
+FASTTX_NOINLINE void pack_broadcast(const Operand& a, int64_t i, int n, int64_t K, int64_t ld,
+                                    float* out) {
+  if (a.column == 1) {
+    const T* src = element<const T>(a, i, 0);
+    if constexpr (PAIRS<T>) copy_rows(src, a.row, 1, n, K, 2 * ld, (bf16*)out);
+    else pack_rows(src, a.row, int64_t{1}, n, K, ld, out);
+    return;
+  }
+  const int64_t units = PAIRS<T> ? (K + 1) / 2 : K;
+  for (int64_t p = 0; p < ld; p += W) {
+    vi t[W];
+    for (int c = 0; c < W; c++) t[c] = p + c < units ? unit_column<T>(a, i, p + c, n, K) : vi{};
+    transpose(t);
+    for (int r = 0; r < n; r++) store_int(out + r * ld + p, t[r]);
+  }
+}
+
+template <class U, int R, int V>
+FASTTX_NOINLINE void tiles(float* s, const float* a, int64_t row, int64_t rows, const float* lanes,
+                           int64_t width, int64_t units, bool add) {
+  int64_t r = 0;
+  for (; r + R <= rows; r += R) {
+    vf c[R][V];
+    product<U>(c, a + r * row, row, 1, lanes, width, units);
+    put(c, s + r * LANES, LANES, !add);
+  }
+  for (; r < rows; r++) {
+    vf c[1][V];
+    product<U>(c, a + r * row, row, 1, lanes, width, units);
+    put(c, s + r * LANES, LANES, !add);
+  }
+}
+
+template <class U>
+void strip_of(float* s, const float* a, int64_t row, int64_t rows, const float* lanes, int64_t width,
+              int64_t units, int vecs, bool add) {
+  int v = 0;
+  for (; v + TILE_VECS <= vecs; v += TILE_VECS)
+    tiles<U, TILE_ROWS, TILE_VECS>(s + v * W, a, row, rows, lanes + v * W, width, units, add);
+  if (TILE_VECS > 2 && v + 2 <= vecs) {
+    tiles<U, 8, 2>(s + v * W, a, row, rows, lanes + v * W, width, units, add);
+    v += 2;
+  }
+  for (; v < vecs; v++)
+    tiles<U, 8, 1>(s + v * W, a, row, rows, lanes + v * W, width, units, add);
+}
+
+}  // namespace
+
+int64_t units_of(int32_t dtype, int64_t K) { return pairs(dtype) ? (K + 1) / 2 : K; }
+int64_t padded_units(int32_t dtype, int64_t K) { return round_up(units_of(dtype, K), W); }
+
+// Half as many lanes where LANES of them would fill the second level cache.
+int block_lanes(int32_t dtype, int64_t K) { return units_of(dtype, K) > 3584 ? LANES / 2 : LANES; }
+
+void pack_lane_block(const Operand& b, int64_t j, int64_t lanes, int64_t K, int width, float* out) {
+  with_type(b.dtype, [&](auto t) {
+    typedef decltype(t) T;
+    if (width == LANES) pack_block<T, LANES>(b, j, lanes, K, out);
+    else pack_block<T, LANES / 2>(b, j, lanes, K, out);
+  });
+}
+
+int64_t broadcast_floats(const Operand& a, int64_t I, int64_t K) {
+  const bool in_place = pairs(a.dtype) ? a.column == 1 && K % 2 == 0 && a.row % 2 == 0
+                                       : a.column == 1 && a.dtype == FASTTX_F32;
+  return in_place ? 0 : I * padded_units(a.dtype, K);
+}
+
+Broadcast broadcast(const Operand& a, int64_t I, int64_t K, float* memory) {
+  if (!broadcast_floats(a, I, K))
+    return {(const float*)a.data, pairs(a.dtype) ? a.row / 2 : a.row};
+  const int64_t ld = padded_units(a.dtype, K);
+  const int64_t blocks = (I + W - 1) / W, together = max64(1, 65536 / max64(1, W * ld));
+  parallel_items((blocks + together - 1) / together, num_workers(), [&](int64_t, int64_t item) {
+    for (int64_t b = item * together; b < min64(blocks, (item + 1) * together); b++)
+      with_type(a.dtype, [&](auto t) {
+        pack_broadcast<decltype(t)>(a, b * W, (int)min64(W, I - b * W), K, ld, memory + b * W * ld);
+      });
+  });
+  return {memory, ld};
+}
+
+void strip(int32_t dtype, float* s, const float* a, int64_t row, int64_t rows, const float* lanes,
+           int width, int64_t units, int vecs, bool add) {
+  if (pairs(dtype)) strip_of<UnitBF16>(s, a, row, rows, lanes, width, units, vecs, add);
+  else strip_of<UnitF32>(s, a, row, rows, lanes, width, units, vecs, add);
+}
+
+int multiply(const Term* terms, int count, int64_t I, int64_t J, Epilogue epilogue, void* context) {
+  if (I == 0 || J == 0) return FASTTX_OK;
+  int64_t packed = 0, lane_units = 0, K = 0;
+  for (int t = 0; t < count; t++) {
+    packed += broadcast_floats(terms[t].a, I, terms[t].K);
+    lane_units += padded_units(terms[t].b.dtype, terms[t].K);
+    K += terms[t].K;
+  }
+  float* memory = nullptr;
+  if (packed && !(memory = (float*)scratch(SCRATCH_SHARED, packed * 4))) return FASTTX_NO_MEMORY;
+  Broadcast rows[2];
+  for (int t = 0; t < count; t++) {
+    rows[t] = broadcast(terms[t].a, I, terms[t].K, memory);
+    memory += broadcast_floats(terms[t].a, I, terms[t].K);
+  }
+  const int width = count ? block_lanes(terms[0].b.dtype, K) : LANES;
+  const int64_t blocks = (J + width - 1) / width, strips = (I + STRIP - 1) / STRIP;
+  const int64_t workers = num_workers();
+  // Few blocks are split between workers by rows.
+  const int64_t parts = workers == 1 ? 1 : min64(strips, (2 * workers + blocks - 1) / blocks);
+  bool failed = false;
+  parallel_items(blocks * parts, workers, [&](int64_t, int64_t item) {
+    const int64_t block = item / parts, part = item % parts;
+    const int64_t j = block * width, lanes = min64(width, J - j);
+    const int vecs = (int)((lanes + W - 1) / W);
+    float* b = (float*)scratch(SCRATCH_PACK, lane_units * width * 4 + 64);
+    if (!b) {
+      __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
+      return;
+    }
+    float* to = b;
+    for (int t = 0; t < count; t++) {
+      pack_lane_block(terms[t].b, j, lanes, terms[t].K, width, to);
+      to += padded_units(terms[t].b.dtype, terms[t].K) * width;
+    }
+    alignas(64) float s[STRIP * LANES];
+    for (int64_t n = strips * part / parts; n < strips * (part + 1) / parts; n++) {
+      const int64_t i = n * STRIP, here = min64(STRIP, I - i);
+      if (K == 0) __builtin_memset(s, 0, sizeof(s));
+      const float* lane_block = b;
+      for (int t = 0; t < count && K; t++) {
+        strip(terms[t].b.dtype, s, rows[t].data + i * rows[t].row, rows[t].row, here, lane_block, width,
+              units_of(terms[t].b.dtype, terms[t].K), vecs, t > 0);
+        lane_block += padded_units(terms[t].b.dtype, terms[t].K) * width;
+      }
+      epilogue(context, s, i, here, j, lanes);
+    }
+  });
+  return failed ? FASTTX_NO_MEMORY : FASTTX_OK;
+}
+
+namespace {
+
+template <class T>
+void put_total(const Total& c, float* s, int64_t i, int64_t rows, int64_t j, int64_t lanes,
+               int64_t J) {
+  for (int64_t r = 0; r < rows; r++) {
+    T* out = (T*)c.out + (i + r) * c.row + j * c.column;
+    float* sum = c.sum + (i + r) * J + j;
+    for (int64_t l = 0; l < lanes; l += W) {
+      const int n = (int)min64(W, lanes - l);
+      vf x = load(s + r * LANES + l);
+      if (!c.first) x += load_strided(sum + l, 1, n);
+      if (c.last) store_strided(out + l * c.column, c.column, x, n);
+      else store_strided(sum + l, 1, x, n);
+    }
+  }
+}
+
+struct TotalContext {
+  const Total* total;
+  int64_t J;
+};
+
+}  // namespace
+
+int multiply_into(const Term* terms, int count, int64_t I, int64_t J, const Total& total) {
+  TotalContext context = {&total, J};
+  return multiply(
+      terms, count, I, J,
+      [](void* p, float* s, int64_t i, int64_t rows, int64_t j, int64_t lanes) {
+        const TotalContext& c = *(const TotalContext*)p;
+        with_type(c.total->dtype,
+                  [&](auto t) { put_total<decltype(t)>(*c.total, s, i, rows, j, lanes, c.J); });
+      },
+      &context);
+}
+
+int add_rows(const Operand& a, int64_t M, int64_t N, const Total& total) {
+  constexpr int64_t COLUMNS = 64;
+  parallel_items((N + COLUMNS - 1) / COLUMNS, num_workers(), [&](int64_t, int64_t item) {
+    const int64_t n0 = item * COLUMNS, n = min64(COLUMNS, N - n0);
+    // Four sums, so that long ones lose little.
+    alignas(64) float s[4][COLUMNS] = {};
+    with_type(a.dtype, [&](auto t) {
+      for (int64_t m = 0; m < M; m++)
+        for (int64_t c = 0; c < n; c += W) {
+          float* to = s[m & 3] + c;
+          store(to, load(to) + load_strided(element<const decltype(t)>(a, m, n0 + c), a.column, (int)min64(W, n - c)));
+        }
+      for (int64_t c = 0; c < n; c++) {
+        float x = (s[0][c] + s[1][c]) + (s[2][c] + s[3][c]);
+        if (!total.first) x += total.sum[n0 + c];
+        if (total.last) from_float(x, (decltype(t)*)total.out + (n0 + c) * total.column);
+        else total.sum[n0 + c] = x;
+      }
+    });
+  });
+  return FASTTX_OK;
+}
+
+namespace {
+
+// One vector of a row of weights, of `n` elements, and of x.
+template <class T>
+struct Dot {
+  static constexpr int PER = PAIRS<T> ? 2 * W : W;
+  static FASTTX_INLINE auto weights(const T* p) {
+    if constexpr (PAIRS<T>) return load_int(p);
+    else return load(p);
+  }
+  static FASTTX_INLINE auto tail(const T* p, int n) {
+    if constexpr (PAIRS<T>) {
+      T t[PER] = {};
+      for (int i = 0; i < n; i++) t[i] = p[i];
+      return load_int(t);
+    } else {
+      return load_partial(p, n);
+    }
+  }
+  static FASTTX_INLINE vf mac(vf c, vi x, vi w) { return dpbf16(c, x, w); }
+  static FASTTX_INLINE vf mac(vf c, vf x, vf w) { return fma(x, w, c); }
+  static FASTTX_INLINE auto tokens(const float* p) {
+    if constexpr (PAIRS<T>) return load_int(p);
+    else return load(p);
+  }
+};
+
+// s[t][r] of R rows of w and TOKENS rows of x, R * TOKENS = W sums whose lanes are added at the end.
+template <class T, int R, int TOKENS>
+FASTTX_INLINE void dots(float* s, const Broadcast& x, const T* w, int64_t row, int64_t K) {
+  typedef Dot<T> D;
+  vf c[R * TOKENS] = {};
+  int64_t k = 0;
+  const float* from = x.data;
+  for (; k + D::PER <= K; k += D::PER, from += W) {
+    decltype(D::tokens(from)) y[TOKENS];
+    FASTTX_UNROLL(16)
+    for (int t = 0; t < TOKENS; t++) y[t] = D::tokens(from + t * x.row);
+    FASTTX_UNROLL(16)
+    for (int r = 0; r < R; r++) {
+      const auto v = D::weights(w + r * row + k);
+      FASTTX_UNROLL(16)
+      for (int t = 0; t < TOKENS; t++) c[t * R + r] = D::mac(c[t * R + r], y[t], v);
+    }
+  }
+  if (k < K)
+    for (int r = 0; r < R; r++) {
+      const auto v = D::tail(w + r * row + k, (int)(K - k));
+      for (int t = 0; t < TOKENS; t++)
+        c[t * R + r] = D::mac(c[t * R + r], D::tokens(from + t * x.row), v);
+    }
+  transpose(c);
+  FASTTX_UNROLL(4)
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) c[i] += c[i + half];
+  alignas(64) float sums[W];
+  store(sums, c[0]);
+  for (int t = 0; t < TOKENS; t++)
+    for (int r = 0; r < R; r++) s[t * LANES + r] = sums[t * R + r];
+}
+
+template <class T, int TOKENS>
+FASTTX_NOINLINE void few_tokens(float* s, const Broadcast& x, const T* w, int64_t row, int64_t count,
+                                int64_t K) {
+  if constexpr (TOKENS <= W) {
+    constexpr int R = W / TOKENS;
+    int64_t n = 0;
+    for (; n + R <= count; n += R) dots<T, R, TOKENS>(s + n, x, w + n * row, row, K);
+    // The last rows again, with those before them.
+    if (n < count && count >= R) {
+      n = count - R;
+      dots<T, R, TOKENS>(s + n, x, w + n * row, row, K);
+    } else {
+      for (; n < count; n++) {
+        alignas(64) float all[LANES * TOKENS];
+        dots<T, R, TOKENS>(all, x, w + n * row, 0, K);
+        for (int t = 0; t < TOKENS; t++) s[t * LANES + n] = all[t * LANES];
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int64_t few_floats(int32_t dtype, int64_t M, int64_t K) { return M * padded_units(dtype, K); }
+
+Broadcast pack_few(const Operand& x, int64_t M, int64_t K, float* memory) {
+  const int64_t ld = padded_units(x.dtype, K);
+  for (int64_t m = 0; m < M; m += W)
+    with_type(x.dtype, [&](auto t) {
+      pack_broadcast<decltype(t)>(x, m, (int)min64(W, M - m), K, ld, memory + m * ld);
+    });
+  return {memory, ld};
+}
+
+void few_rows(float* s, const Broadcast& x, int64_t M, const Operand& w, int64_t n, int64_t count,
+              int64_t K) {
+  with_type(w.dtype, [&](auto t) {
+    typedef decltype(t) T;
+    const T* rows = element<const T>(w, n, 0);
+    for (int64_t m = 0; m < M;) {
+      const Broadcast from = {x.data + m * x.row, x.row};
+      float* to = s + m * LANES;
+      if (W >= 8 && M - m >= 8) {
+        few_tokens<T, 8>(to, from, rows, w.row, count, K);
+        m += 8;
+      } else if (M - m >= 4) {
+        few_tokens<T, 4>(to, from, rows, w.row, count, K);
+        m += 4;
+      } else if (M - m >= 2) {
+        few_tokens<T, 2>(to, from, rows, w.row, count, K);
+        m += 2;
+      } else {
+        few_tokens<T, 1>(to, from, rows, w.row, count, K);
+        m += 1;
+      }
+    }
+  });
+}
+
+}  // namespace fasttx::FASTTX_ISA

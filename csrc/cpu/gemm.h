@@ -1,0 +1,91 @@
+// Matrix products with work of the caller's on the results while they are in the first cache: what
+// linear and ffn share. c[i][j] = sum over k of a[i][k] b[j][k]; rows of a are broadcast, rows of b
+// are the lanes of vectors. fp32 and fp16 are multiplied as fp32, bf16 in pairs where the CPU can.
+#pragma once
+#include "cpu/product.h"
+#include "fasttx.h"
+
+namespace fasttx::FASTTX_ISA {
+
+// Element (i, k) at data + i * row + k * column elements.
+struct Operand {
+  const void* data;
+  int32_t dtype;
+  int64_t row, column;
+};
+namespace {
+template <class T>
+FASTTX_INLINE T* element(const Operand& m, int64_t i, int64_t k) {
+  return (T*)m.data + i * m.row + k * m.column;
+}
+template <class F>
+FASTTX_INLINE void with_type(int32_t dtype, const F& f) {
+  switch (dtype) {
+    case FASTTX_F32:
+      return f(float());
+    case FASTTX_BF16:
+      return f(bf16());
+    default:
+      return f(f16());
+  }
+}
+}  // namespace
+
+// Lanes of a block: results come in strips [STRIP][LANES] of fp32.
+constexpr int LANES = 64;
+
+// 32-bit units that hold K elements, and the same rounded up to whole vectors.
+int64_t units_of(int32_t dtype, int64_t K);
+int64_t padded_units(int32_t dtype, int64_t K);
+
+// Lanes of a block that the second level cache holds, of a sum over K elements: LANES or half.
+int block_lanes(int32_t dtype, int64_t K);
+// Rows j .. j + lanes - 1 of b as [padded_units][width].
+void pack_lane_block(const Operand& b, int64_t j, int64_t lanes, int64_t K, int width, float* out);
+
+// Rows to broadcast: unit p of row i is data[i * row + p].
+struct Broadcast {
+  const float* data;
+  int64_t row;
+};
+// Floats of memory that `broadcast` needs for I rows; 0 where they can be read in place.
+int64_t broadcast_floats(const Operand& a, int64_t I, int64_t K);
+Broadcast broadcast(const Operand& a, int64_t I, int64_t K, float* memory);
+
+// s [rows][LANES] = rows of a x a block of lanes of `width`, its first `vecs` vectors; added to s
+// where `add`. rows <= STRIP.
+void strip(int32_t dtype, float* s, const float* a, int64_t row, int64_t rows, const float* lanes,
+           int width, int64_t units, int vecs, bool add);
+
+// What becomes of a strip s [rows][LANES], the results of rows i ... and lanes j ... .
+typedef void (*Epilogue)(void* context, float* s, int64_t i, int64_t rows, int64_t j, int64_t lanes);
+
+// c = sum of the terms, each a sum over its K; a strip at a time to the epilogue.
+struct Term {
+  Operand a, b;
+  int64_t K;
+};
+int multiply(const Term* terms, int count, int64_t I, int64_t J, Epilogue epilogue, void* context);
+
+// Where a sum over chunks of rows goes: the first chunk starts it, the last one rounds it to `out`.
+// sum: fp32 [I][J] between the two; unused where one chunk is all.
+struct Total {
+  void* out;
+  int32_t dtype;
+  int64_t row, column;  // strides of out
+  float* sum;
+  bool first, last;
+};
+int multiply_into(const Term* terms, int count, int64_t I, int64_t J, const Total& total);
+// total[n] = sum over m of a[m][n].
+int add_rows(const Operand& a, int64_t M, int64_t N, const Total& total);
+
+// For a few rows x [M], M <= FEW: s [M][LANES] = x times rows n .. n + count - 1 of w, which lie
+// contiguous. x comes from pack_few.
+constexpr int64_t FEW = 12;
+Broadcast pack_few(const Operand& x, int64_t M, int64_t K, float* memory);
+int64_t few_floats(int32_t dtype, int64_t M, int64_t K);
+void few_rows(float* s, const Broadcast& x, int64_t M, const Operand& w, int64_t n, int64_t count,
+              int64_t K);
+
+}  // namespace fasttx::FASTTX_ISA
