@@ -79,17 +79,62 @@ def generic_stage(session: Session) -> None:
     for case in cases:
         problem = generic.Problem(case, CPU)
         for direction in case.directions:
-            for threads in session.options.threads:
+            more = {key[1] for key in case.goals if isinstance(key, tuple) and key[0] == direction}
+            for threads in sorted({*session.options.threads, *more}):
+                if threads > len(os.sched_getaffinity(0)):
+                    session.run.skip(f"{case.case}, {threads} threads", "too few cores")
+                    continue
                 torch.set_num_threads(threads)
                 rows = generic.measure(
                     problem, direction, session.providers, threads, budget, session.run
                 )
                 session.run.rows += rows
-                must, aim = case.goals.get(direction, (None, None))
-                goal = goals.Goal(f"{case.dtype} {direction}", (), must, aim)
                 for row in rows:
                     if row.provider == "fasttx":
-                        record(session, _ratio_entry(goal, row))
+                        for entry in generic_entries(case, row):
+                            record(session, entry)
+
+
+def generic_entries(case: generic.Work, row: Row) -> list[dict[str, Any]]:
+    """Everything demanded of one row."""
+    key = row.direction if row.threads == 1 else (row.direction, row.threads)
+    must, aim = case.goals.get(key, (None, None))
+    found = [_ratio_entry(goals.Goal(f"{case.dtype} {row.direction}", (), must, aim), row)]
+    if row.threads != 1:
+        found[0] |= _demand(must, aim, row.ratio, row.ok, "x")
+        return found
+    if row.direction in case.times:
+        must, aim = (None if t is None else t * 1e6 for t in case.times[row.direction])
+        value = None if row.median_s is None else row.median_s * 1e6
+        found.append(_one_entry("time of a call", case, row, value, must, aim, " us", True))
+    if row.direction in case.shares:
+        value = None if row.share is None else row.share * 100
+        must = case.shares[row.direction] * 100
+        what = f"share of {row.share_of}"
+        found.append(_one_entry(what, case, row, value, must, None, " %", False))
+    return found
+
+
+def _one_entry(what, case, row: Row, value, must, aim, unit: str, at_most: bool) -> dict[str, Any]:
+    goal = f"{case.dtype} {row.direction}, {what}"
+    return {
+        "goal": goal, "what": f"{goal}: {row.case}", "value": value, "low": None, "high": None,
+        "measured": "none" if value is None else f"{value:.3g}{unit}", "unit": unit,
+        **_demand(must, aim, value, row.ok, unit, at_most),
+    }  # fmt: skip
+
+
+def _demand(must, aim, value, ok, unit: str, at_most: bool = False) -> dict[str, Any]:
+    sign = "<=" if at_most else ">="
+    reached = None
+    if aim is not None and value is not None:
+        reached = value <= aim if at_most else value >= aim
+    return {
+        "must": "" if must is None else f"{sign} {must:g}{unit}",
+        "aim": "" if aim is None else f"{aim:g}{unit}",
+        "aim_reached": reached,
+        "verdict": verdict(value, must, ok, at_most),
+    }
 
 
 def results_folder(machine_class: str) -> Path:
@@ -130,10 +175,7 @@ def _ratio_entry(goal: goals.Goal, row: Row) -> dict[str, Any]:
         "high": high,
         "share": row.share,
         "measured": measured,
-        "must": "" if must is None else f">= {must:g}x",
-        "aim": "" if goal.aim is None or not judged else f"{goal.aim:g}x",
-        "aim_reached": None if goal.aim is None or row.ratio is None else row.ratio >= goal.aim,
-        "verdict": verdict(row.ratio, must, row.ok, at_most=False),
+        **_demand(must, goal.aim if judged else None, row.ratio, row.ok, "x"),
     }
 
 
@@ -329,7 +371,7 @@ def summary(run: Run) -> list[str]:
         members = [must for must in run.musts if must["goal"] == goal]
         values = [must["value"] for must in members if must["value"] is not None]
         reached = sum(must["verdict"] == "PASS" for must in members)
-        unit = "x" if "rate per" not in goal else ""
+        unit = members[0].get("unit") or ("x" if "rate per" not in goal else "")
         texts = (
             [f"{value:.2f}{unit}" for value in (min(values), max(values))] if values else ["none"]
         )

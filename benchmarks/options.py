@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from . import ops, providers
+from .models.families import FAMILIES
 from .ops.attention_case import DIRECTIONS, DTYPES
 
-MODELS = ("bert",)
+MODELS = ("bert", *FAMILIES)
 KINDS = {"op": ops.names(), "model": MODELS}
-MAIN_JOB = (("attention",), MODELS)
+MAIN_JOB = (("attention",), ("bert",))
 SUITES = ("quick", "full", "musts")
 STAGES = ("ratios", "forced", "costs", "errors", "memory")
 BACKENDS = ("cpu", "triton", "reference", "torch")
@@ -29,7 +30,7 @@ class Options:
     """See ``fasttx bench --help``. ``sizes`` empty means the suite's own cases."""
 
     ops: tuple[str, ...] = ("attention",)
-    models: tuple[str, ...] = MODELS
+    models: tuple[str, ...] = ("bert",)
     suite: str = "quick"
     sizes: tuple[int, ...] = ()
     batch: int = 1
@@ -68,7 +69,8 @@ def choose(what: str, given: str | None, allowed: tuple[str, ...]) -> tuple[str,
 def targets(words: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(ops, models) of ``op attention model bert`` or just ``attention bert``.
 
-    A bare ``op`` or ``model`` means all of them; no word at all means the main job.
+    A bare ``op`` or ``model`` means all of them; no word at all means the main job. A folder is a
+    Hugging Face model.
     """
     found: dict[str, list[str]] = {"op": [], "model": []}
     kind = None
@@ -77,6 +79,11 @@ def targets(words: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
             kind = word
             if i + 1 == len(words) or words[i + 1] in KINDS:
                 found[kind] = list(KINDS[kind])
+            continue
+        if kind != "op" and (os.sep in word or Path(word).is_dir()):
+            if not Path(word, "config.json").is_file():
+                raise UsageError(f"model folder {word!r} has no config.json")
+            found["model"].append(word)
             continue
         home = next((k for k, names in KINDS.items() if word in names and kind in (None, k)), None)
         if home is None:

@@ -82,6 +82,9 @@ class Session:
                 steps += self._op_steps(module, case)
         if "bert" in self.options.models:
             steps += self._model_steps()
+        for name in self.options.models:
+            if name != "bert":
+                steps += self._family_steps(name)
         return steps
 
     def _op_steps(self, module: ModuleType, case) -> list[Step]:
@@ -140,6 +143,41 @@ class Session:
             text = ("sentences", "paragraphs")[batch]
             title = f"BERT on {text} {dtype} {direction}, {threads} thr."
             steps.append(Step(title, seconds, measure))
+        return steps
+
+    def _family_steps(self, name: str) -> list[Step]:
+        """One family, or a folder; its models of one dtype live until the next dtype's."""
+        try:
+            from .models import families
+
+            known = name in families.FAMILIES
+            source = families.family(name) if known else families.folder(name)
+        except (ImportError, ValueError) as why:
+            self.run.skip(name, str(why))
+            return []
+        options, holder = self.options, {}
+        seconds = options.budget_s or MODEL_SECONDS[options.suite]
+        compiled = options.suite == "full" or "torch_compile" in options.providers
+        steps = []
+        for dtype in options.dtypes:
+            for direction, sizes in source.batches.items():
+                if not options.default_directions and direction not in options.directions:
+                    continue
+                for size in sizes:
+
+                    def measure(seconds, on_round, dtype=dtype, direction=direction, size=size):
+                        torch.set_num_threads(options.threads[0])
+                        if dtype not in holder:
+                            holder.clear()
+                            holder[dtype] = families.Bench(
+                                source, dtype, self.device, self.run, compiled
+                            )
+                        return holder[dtype].measure(
+                            direction, size, options.threads[0], seconds, on_round
+                        )
+
+                    title = f"{source.title} {dtype} {direction} {size[0]} x {size[1]}"
+                    steps.append(Step(title, seconds, measure))
         return steps
 
     def _model_threads(self) -> tuple[int, ...]:

@@ -38,7 +38,11 @@ class Work:
     dropout bits); None where it cannot be checked. timed: makes the timed call of a contender for
     a direction itself, where the general way (forward without gradients, backward on a kept
     graph, step) does not fit. flops, moved: FLOPs and bytes of a call by direction; a direction
-    they lack has no share. goals: (must, aim) ratios to ``base`` by direction.
+    they lack has no share.
+
+    goals: (must, aim) ratios to ``base`` on one thread by direction, on more by (direction,
+    threads). times: (must, aim) seconds a call, at most. shares: the least share of the machine's
+    limit.
     """
 
     op: str
@@ -53,7 +57,9 @@ class Work:
     timed: Mapping[str, Callable[[Inputs, str], Call]] = field(default_factory=dict)
     flops: Mapping[str, int] = field(default_factory=dict)
     moved: Mapping[str, int] = field(default_factory=dict)
-    goals: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    goals: Mapping[object, tuple[float | None, float | None]] = field(default_factory=dict)
+    times: Mapping[str, tuple[float, float | None]] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=dict)
     base: str = "eager"
     shape: Mapping[str, int] = field(default_factory=dict)
     features: Mapping[str, object] = field(default_factory=dict)

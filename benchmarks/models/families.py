@@ -1,0 +1,297 @@
+"""The six families as transformers runs them, unpatched and under ``fasttx.patch``: random weights
+of the base sizes with fewer layers, or any Hugging Face folder.
+
+A folder is loaded with the head its config names. Ids are random; every other row is half padding;
+of masked LM 15 % of the positions have labels.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..gate import Error, Verdict, judge
+from ..harness import clock_for, interleave
+from ..ops.attention_case import DTYPES
+from ..rows import Row, Run, set_ratios
+
+BASE = "sdpa"
+LABELS = {
+    "fasttx": "transformers + fasttx.patch",
+    "sdpa": "transformers",
+    "torch_compile": "transformers, torch.compile",
+}
+LABELLED = 0.15
+NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Family:
+    """config: over transformers' defaults, which are the base size. batches: (rows, length) by
+    direction. goals: must-have ratios by (dtype, direction)."""
+
+    head: str
+    config_class: str
+    config: dict[str, Any]
+    batches: dict[str, tuple[tuple[int, int], ...]]
+    kind: str
+    goals: dict[tuple[str, str, int], float] = field(default_factory=dict)
+
+
+_SHORT, _LONG = (8, 128), (2, 512)
+_BOTH = {"forward": (_SHORT,), "step": (_SHORT, _LONG)}
+FAMILIES = {
+    "bert-base": Family(
+        "BertForMaskedLM", "BertConfig", {"num_hidden_layers": 4}, _BOTH, "masked",
+        {("bf16", "step", 128): 1.8, ("bf16", "step", 512): 2.2},
+    ),
+    "roberta-base": Family(
+        "RobertaForMaskedLM", "RobertaConfig",
+        {"num_hidden_layers": 4, "vocab_size": 50265, "max_position_embeddings": 514,
+         "type_vocab_size": 1},
+        _BOTH, "masked",
+    ),
+    "gpt2": Family(
+        "GPT2LMHeadModel", "GPT2Config", {"n_layer": 4}, {"forward": (_SHORT,), "step": (_SHORT,)},
+        "causal", {("bf16", "step", 128): 1.8, ("fp32", "step", 128): 1.6},
+    ),
+    "bloom": Family(
+        "BloomForCausalLM", "BloomConfig",
+        {"n_layer": 4, "hidden_size": 768, "n_head": 12, "vocab_size": 50304},
+        {"forward": (_LONG,), "step": (_LONG,)}, "causal",
+        {("bf16", "step", 512): 1.6, ("fp32", "step", 512): 1.5},
+    ),
+    "t5": Family(
+        "T5ForConditionalGeneration", "T5Config",
+        {"num_layers": 4, "num_decoder_layers": 4, "decoder_start_token_id": 0},
+        {"forward": (_LONG,), "step": (_LONG,)}, "seq2seq",
+        {("bf16", "step", 512): 2.2, ("fp32", "step", 512): 1.9},
+    ),
+    "bart": Family(
+        "BartForConditionalGeneration", "BartConfig",
+        {"encoder_layers": 3, "decoder_layers": 3, "d_model": 768, "encoder_ffn_dim": 3072,
+         "decoder_ffn_dim": 3072, "encoder_attention_heads": 12, "decoder_attention_heads": 12},
+        {"forward": (_LONG,), "step": (_LONG,)}, "seq2seq", {("bf16", "step", 512): 1.6},
+    ),
+}  # fmt: skip
+
+
+class NotAModel(ValueError):
+    """A folder that cannot be benchmarked, and why."""
+
+
+@dataclass
+class Source:
+    name: str
+    title: str
+    kind: str
+    make: Callable[[torch.dtype], torch.nn.Module]
+    batches: dict[str, tuple[tuple[int, int], ...]]
+    goals: dict[tuple[str, str, int], float] = field(default_factory=dict)
+
+
+def family(name: str) -> Source:
+    transformers = importlib.import_module("transformers")
+    f = FAMILIES[name]
+    config = getattr(transformers, f.config_class)(**f.config)
+
+    def make(dtype: torch.dtype) -> torch.nn.Module:
+        torch.manual_seed(0)
+        model = getattr(transformers, f.head)._from_config(copy.deepcopy(config))
+        return model.to(dtype).eval()
+
+    layers = f.config.get("num_hidden_layers") or f.config.get("n_layer")
+    title = f"{name}, {layers} layers" if layers else f"{name}, short"
+    return Source(name, title, f.kind, make, f.batches, f.goals)
+
+
+def folder(path: str) -> Source:
+    """Any Hugging Face folder, with the head that its config names."""
+    transformers = importlib.import_module("transformers")
+    try:
+        config = json.loads(Path(path, "config.json").read_text())
+        head = getattr(transformers, (config.get("architectures") or ["none"])[0], None)
+    except (OSError, ValueError, AttributeError) as error:
+        raise NotAModel(f"{path} is no Hugging Face folder: {error}") from None
+    if head is None:
+        raise NotAModel(f"{path}: its config names no architecture that transformers has")
+    name = head.__name__
+    kind = (
+        "masked" if name.endswith("MaskedLM")
+        else "seq2seq" if name.endswith("ConditionalGeneration")
+        else "causal" if name.endswith(("CausalLM", "LMHeadModel"))
+        else "hidden"
+    )  # fmt: skip
+
+    def make(dtype: torch.dtype) -> torch.nn.Module:
+        return head.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
+
+    batches = {"forward": (_SHORT,), "step": (_SHORT,)}
+    if kind in ("causal", "seq2seq"):
+        batches["generate"] = ((1, 64),)
+    return Source(Path(path).name, f"{Path(path).name} ({name})", kind, make, batches)
+
+
+class Bench:
+    """One model in one dtype: unpatched, patched, in fp64; compiled too where `compiled`."""
+
+    def __init__(
+        self, source: Source, dtype: str, device: torch.device, run: Run, compiled: bool = False
+    ):
+        self.source, self.dtype, self.device, self.run = source, dtype, device, run
+        torch_dtype = DTYPES[dtype]
+        self.models = {"sdpa": source.make(torch_dtype).to(device)}
+        # The same rounded weights, so that only the arithmetic differs.
+        self.exact = copy.deepcopy(self.models["sdpa"]).double()
+        patched = copy.deepcopy(self.models["sdpa"])
+        why = patch(patched)
+        if why is None:
+            self.models = {"fasttx": patched, **self.models}
+        else:
+            run.skip(f"fasttx.patch on {source.name}", why)
+        if compiled:
+            self.models["torch_compile"] = torch.compile(copy.deepcopy(self.models["sdpa"]))
+        self._verdicts: dict[tuple, dict[str, Verdict]] = {}
+
+    def measure(
+        self, direction: str, size: tuple[int, int], threads: int, budget_s: float, on_round=None
+    ) -> list[Row]:
+        batch = make_batch(self.exact.config, self.source.kind, size, self.device)
+        verdicts = self._judge(direction, size, batch)
+        names = [n for n in self.models if direction != "generate" or n != "torch_compile"]
+        calls = {n: call(self.models[n], batch, direction) for n in names}
+        timings = interleave(calls, clock_for(self.device, threads), budget_s, on_round=on_round)
+        rows = []
+        for name, timing in timings.items():
+            row = Row(
+                "model", self.source.name, f"{self.source.title}, {size[0]} x {size[1]}", direction,
+                name, LABELS[name], self.dtype, str(self.device), threads, timing.clock,
+                {"batch": size[0], "queries": size[1]}, {"kind": self.source.kind},
+            )  # fmt: skip
+            row.set_timing(timing, name == "torch_compile")
+            row.set_verdict(verdicts[name])
+            if direction == "step":
+                row.notes.append("timed with the model's own dropout, checked without it")
+            rows.append(row)
+        set_ratios(rows, timings, BASE)
+        return rows
+
+    def _judge(self, direction: str, size, batch) -> dict[str, Verdict]:
+        key = direction, size
+        if key not in self._verdicts:
+            exact = answers(self.exact, batch, direction)
+            found = {n: answers(m, batch, direction) for n, m in self.models.items()}
+            if direction == "generate":
+                return {n: _same_ids(found[n], found["sdpa"]) for n in self.models}
+            errors = {
+                n: {k: Error.between(t, exact[k]) for k, t in values.items()}
+                for n, values in found.items()
+            }
+            self._verdicts[key] = {
+                n: judge(errors[n], errors["sdpa"], DTYPES[self.dtype]) for n in self.models
+            }
+        return self._verdicts[key]
+
+
+def patch(model: torch.nn.Module) -> str | None:
+    """Patches what can be; why nothing could."""
+    report = importlib.import_module("fasttx").patch(model)
+    return None if report.replaced else str(report)
+
+
+def _same_ids(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Verdict:
+    """Greedy ids that part may do so by a near tie: then nothing is said about them."""
+    same = ours["ids"] == theirs["ids"]
+    if same.all():
+        return Verdict(True)
+    return Verdict(None, why=f"{int(same.sum())} of {same.numel()} ids are the unpatched model's")
+
+
+def make_batch(config, kind: str, size: tuple[int, int], device) -> dict[str, Tensor]:
+    """Random ids, every other row half padding on the right, and labels for what has a loss."""
+    rows, length = size
+    generator = torch.Generator().manual_seed(0)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    ids = torch.randint(5, text.vocab_size, size, generator=generator)
+    mask = torch.ones(size, dtype=torch.long)
+    mask[1::2, length // 2 :] = 0
+    pad = text.pad_token_id if text.pad_token_id is not None else 0
+    batch = {"input_ids": ids.where(mask.bool(), pad), "attention_mask": mask}
+    hidden = ~mask.bool()
+    if kind == "masked":
+        hidden = hidden | (torch.rand(size, generator=generator) >= LABELLED)
+    if kind != "hidden":
+        batch["labels"] = ids.masked_fill(hidden, -100)
+    return {name: t.to(device) for name, t in batch.items()}
+
+
+def _outputs(model, batch: dict[str, Tensor]) -> Tensor:
+    found = model(**batch)
+    return found.logits if "logits" in found else found.last_hidden_state
+
+
+def _loss(model, batch: dict[str, Tensor]) -> Tensor:
+    if "labels" in batch:
+        return model(**batch).loss
+    return _outputs(model, batch)[batch["attention_mask"].bool()].float().square().mean()
+
+
+def _gradients(model, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(_loss(model, batch), wanted, allow_unused=True)
+    return tuple(g for g in grads if g is not None)
+
+
+def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t for n, t in batch.items() if n != "labels"}
+
+
+def answers(model, batch: dict[str, Tensor], direction: str) -> dict[str, Tensor]:
+    """What is compared: outputs at visible positions, for a step all gradients as one vector."""
+    model.eval()
+    if direction == "generate":
+        return {"ids": call(model, batch, direction)()}
+    visible = batch["attention_mask"].bool()
+    if direction == "forward":
+        with torch.no_grad():
+            return {"out": _outputs(model, batch)[visible]}
+    grads = _gradients(model, batch)
+    return {"dparameters": torch.cat([g.flatten().double() for g in grads])}
+
+
+def call(model, batch: dict[str, Tensor], direction: str) -> Callable[[], object]:
+    if direction == "forward":
+        # Labels stay where the model needs them to know what its decoder reads.
+        given = batch if getattr(model.config, "is_encoder_decoder", False) else _inputs(batch)
+
+        def forward():
+            model.eval()
+            with torch.no_grad():
+                return _outputs(model, given)
+
+        return forward
+    if direction == "generate":
+        given = {n: t[:1] for n, t in _inputs(batch).items()}
+
+        def generate():
+            model.eval()
+            with torch.no_grad():
+                return model.generate(
+                    **given, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
+                )
+
+        return generate
+
+    def step():
+        model.train()
+        return _gradients(model, batch)
+
+    return step
