@@ -51,7 +51,7 @@ def test_a_device_that_is_not_there(capsys):
         ([], (("attention",), ("bert",))),
         (["attention"], (("attention",), ())),
         (["op", "attention", "model", "bert"], (("attention",), ("bert",))),
-        (["model"], ((), ("bert",))),
+        (["model"], ((), options.MODELS)),
         (["op"], (ops.names(), ())),
         (["op", "model", "bert"], (ops.names(), ("bert",))),
         (["bert", "attention", "bert"], (("attention",), ("bert",))),

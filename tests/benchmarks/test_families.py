@@ -1,5 +1,5 @@
 """The rows of the six families and of any Hugging Face folder, on tiny random models."""
-# ruff: noqa: E402 (transformers may be missing), E501 (a table)
+# ruff: noqa: E402, E501
 
 import json
 
