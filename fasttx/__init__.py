@@ -13,8 +13,10 @@ from .ops import (
     cross_entropy,
     layer_norm,
     linear_cross_entropy,
+    log_softmax,
     rms_norm,
     rope,
+    softmax,
 )
 
 __version__ = "0.1.0"
@@ -29,8 +31,10 @@ __all__ = [
     "explain",
     "layer_norm",
     "linear_cross_entropy",
+    "log_softmax",
     "patch",
     "rms_norm",
     "rope",
+    "softmax",
     "unpatch",
 ]

@@ -7,6 +7,7 @@ from .attention_decode import attention_decode, cache_append
 from .cross_entropy import cross_entropy
 from .linear_cross_entropy import linear_cross_entropy
 from .rope import rope
+from .softmax import log_softmax, softmax
 
 __all__ = [
     "ALiBi",
@@ -18,6 +19,8 @@ __all__ = [
     "cross_entropy",
     "layer_norm",
     "linear_cross_entropy",
+    "log_softmax",
     "rms_norm",
     "rope",
+    "softmax",
 ]

@@ -40,11 +40,12 @@ def _qkv(B=2, H=4, G=2, S=72, D=64):
 
 
 def _with(make, **more):
-    """make's inputs and more, each of them a function of q."""
+    """make's inputs and more, each of them a function of the first one."""
 
     def together(device, dtype, scale):
         x = make(device, dtype, scale)
-        return x | {name: f(x["q"]) for name, f in more.items()}
+        first = next(iter(x.values()))
+        return x | {name: f(first) for name, f in more.items()}
 
     return together
 
@@ -96,6 +97,14 @@ def _head(V=523, rows=40, width=96):
         }
 
     return make
+
+
+def _scores(device, dtype, scale):
+    return {"x": _normal(device, dtype, 3, 24 * scale, 70 * scale)}
+
+
+def _softmax_in_place(x):
+    return fasttx.softmax(x, out=x)
 
 
 def _turned(x, cos, sin):
@@ -210,6 +219,24 @@ CALLS = {
         lambda q, k, cos, sin: torch.cat(fasttx.rope(q * 1, k * 1, cos, sin, inplace=True), 1),
         lambda q, k, cos, sin: _turned(torch.cat((q, k), 1), cos, sin),
         ("q", "k"),
+    ),
+    "softmax": Call(
+        _with(_scores, mask=lambda x: torch.randn_like(x[:1, 0])),
+        lambda x, mask: fasttx.softmax(x, scale=0.5, mask=mask),
+        lambda x, mask: torch.softmax(0.5 * x + mask, -1),
+        ("x", "mask"),
+    ),
+    "log_softmax along rows": Call(
+        _scores,
+        lambda x: fasttx.log_softmax(x, dim=1),
+        lambda x: torch.log_softmax(x, 1),
+        ("x",),
+    ),
+    "softmax in place": Call(
+        _scores,
+        lambda x: _softmax_in_place(x.detach() * 1),
+        lambda x: torch.softmax(x, -1),
+        (),
     ),
     "linear_cross_entropy none": Call(
         _head(),
