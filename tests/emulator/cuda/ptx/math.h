@@ -1,0 +1,11 @@
+#pragma once
+#include "cuda/platform.h"
+
+namespace fasttx {
+
+inline float exp2_approx(float x) {
+  const float y = exp2f(x);
+  return y < 1.17549435e-38f ? 0.0f : y;
+}
+
+}  // namespace fasttx
