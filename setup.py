@@ -1,12 +1,12 @@
 """Builds what pyproject.toml cannot say: the native libraries, by a build.ninja of its own.
 
 fasttx/libfasttx.so  Python-free: the CPU kernels, one object per instruction set, the CUDA kernels
-                     where nvcc is found, and csrc/ops*.cpp on torch's stable ABI: one file serves
-                     every torch from 2.11 on.
+                     where nvcc and a torch with CUDA are found, and csrc/ops*.cpp on torch's stable
+                     ABI: one file serves every torch from 2.11 on.
 fasttx/_C*.so        pybind11 without ATen, csrc/bind.cpp: queries and test hooks.
 
 Environment: FASTTX_NATIVE=0 (no native code), CXX, FASTTX_NVCC, FASTTX_CUDA=0|1 (default: where
-nvcc is found), FASTTX_CUDA_ARCHS (default "80;90a"), MAX_JOBS.
+nvcc and a torch with CUDA are found), FASTTX_CUDA_ARCHS (default "80;90a"), MAX_JOBS.
 """
 
 import fcntl
@@ -88,10 +88,13 @@ def find_torch():
     return Path(spec.submodule_search_locations[0])
 
 
-def find_nvcc():
-    """nvcc; None where there is none, nothing for it to compile, or FASTTX_CUDA=0."""
+def find_nvcc(torch):
+    """nvcc; None where there is none, nothing for it to compile, or FASTTX_CUDA=0; and where torch
+    is one without CUDA, unless FASTTX_CUDA=1."""
     wanted = os.environ.get("FASTTX_CUDA", "")
     if wanted == "0" or not any(CSRC.glob("cuda/**/*.cu")):
+        return None
+    if wanted != "1" and not (torch / "lib/libtorch_cuda.so").is_file():
         return None
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     places = [os.environ.get("FASTTX_NVCC"), shutil.which("nvcc")]
@@ -184,7 +187,7 @@ class NinjaBuildExt(build_ext):
 
     def build_extensions(self):
         torch = find_torch()
-        nvcc = find_nvcc()
+        nvcc = find_nvcc(torch)
         # Kept between builds: an editable install gets a new temporary build_temp each time.
         build_dir = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}"
         build_dir.mkdir(parents=True, exist_ok=True)
@@ -219,7 +222,9 @@ class NinjaBuildExt(build_ext):
         flags += ["-isystem", torch / "include", TORCH_TARGET]
         flags += ["-DFASTTX_WITH_CUDA"] if nvcc else []
         flags += [f"-ffile-prefix-map={ROOT}/="]  # torch's checks put the file's name in the error
-        for source in (CSRC / "ops.cpp", *sorted(CSRC.glob("ops/*.cpp"))):
+        bindings = [CSRC / "ops.cpp", *sorted(CSRC.glob("ops/*.cpp"))]
+        bindings += sorted(CSRC.glob("ops/cuda/*.cpp")) if nvcc else []
+        for source in bindings:
             objects.append(ninja.object(source, flags))
         linker = ["--exclude-libs=ALL", "-z", "defs", "-soname=libfasttx.so", "--no-as-needed"]
         libraries = [f"-L{torch}/lib", "-ltorch_cpu", "-lc10"]

@@ -289,16 +289,22 @@ def test_cuda_needs_nvcc_only_where_it_is_asked_for(setup_script, monkeypatch, t
     nvcc.parent.mkdir()
     nvcc.touch(mode=0o755)
     monkeypatch.setenv("FASTTX_NVCC", str(nvcc))
-    assert setup_script.find_nvcc() is None, "there is nothing for it to compile"
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/libtorch_cuda.so").touch()
+    assert setup_script.find_nvcc(tmp_path) is None, "there is nothing for it to compile"
     (tmp_path / "cuda").mkdir()
     (tmp_path / "cuda" / "op.cu").touch()
-    assert setup_script.find_nvcc() == str(nvcc)
+    assert setup_script.find_nvcc(tmp_path) == str(nvcc)
+    (tmp_path / "lib/libtorch_cuda.so").unlink()
+    assert setup_script.find_nvcc(tmp_path) is None, "this torch could not run them"
+    monkeypatch.setenv("FASTTX_CUDA", "1")
+    assert setup_script.find_nvcc(tmp_path) == str(nvcc)
     monkeypatch.setenv("FASTTX_CUDA", "0")
-    assert setup_script.find_nvcc() is None
+    assert setup_script.find_nvcc(tmp_path) is None
     monkeypatch.setenv("FASTTX_CUDA", "1")
     monkeypatch.setattr(setup_script.os, "access", lambda path, mode: False)
     with pytest.raises(SystemExit, match="no nvcc was found"):
-        setup_script.find_nvcc()
+        setup_script.find_nvcc(tmp_path)
 
 
 def test_rooms_are_installed_inside_fasttx(setup_script):
