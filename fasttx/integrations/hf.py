@@ -1,79 +1,39 @@
-"""`patch(model)`: a transformers model runs fasttx's attention; `unpatch(model)` undoes it.
+"""`patch(model)`: a transformers model runs fasttx's kernels; `unpatch(model)` undoes it.
 
-The attention of the families in hf_families.py reads its implementation from its config at every
-call, so patching sets that name and nothing else: modules, parameters, names, hooks, state_dict
-stay. What it was before is kept in the __dict__ of the transformers model that owns the attention,
-so that copies and pickles of a patched model can be unpatched. Configs are shared as transformers
-shares them: two models built on one config object are patched together.
+Modules whose class is in hf_families.py become instances of a subclass of the same name in this
+package; their parameters, names, hooks and state_dict stay. Attention that reads its implementation
+from its config at every call gets that name and nothing else. The name it had before is kept in the
+__dict__ of the transformers model that owns the attention, so that copies and pickles of a patched
+model can be unpatched. Configs are shared as transformers shares them: two models built on one
+config object are patched together.
 """
 
-import re
+import importlib
 import sys
-from collections import Counter
-from dataclasses import dataclass
 
 from torch import nn
 
-from .hf_families import ATTENTION, BERT_LIKE, NAME
+from .hf_families import ATTENTION, FAMILIES, Attention
+from .hf_report import PatchEntry, PatchReport
 
 _PREVIOUS = "_fasttx_previous"  # {name of the config's holder in its owner: implementation before}
 _LARGEST_HEAD = 256
-
-
-@dataclass(frozen=True)
-class PatchEntry:
-    """One attention module: its name, its class, and why it was not replaced (None: it was)."""
-
-    name: str
-    kind: str
-    reason: str | None
-
-    @property
-    def replaced(self) -> bool:
-        return self.reason is None
-
-
-@dataclass(frozen=True, repr=False)
-class PatchReport:
-    """What `patch` did, one entry an attention module, in the model's order; prints as a table."""
-
-    model: str
-    entries: tuple[PatchEntry, ...]
-
-    @property
-    def replaced(self) -> tuple[PatchEntry, ...]:
-        return tuple(e for e in self.entries if e.replaced)
-
-    @property
-    def skipped(self) -> tuple[PatchEntry, ...]:
-        return tuple(e for e in self.entries if not e.replaced)
-
-    def __repr__(self) -> str:
-        """Modules that differ only in the numbers of their names share a row."""
-        rows = Counter((re.sub(r"\b\d+\b", "*", e.name), e.kind, e.reason) for e in self.entries)
-        cells = [
-            (name, f"{count} x {kind}", reason or "replaced")
-            for (name, kind, reason), count in rows.items()
-        ]
-        wide = [max((len(cell[i]) for cell in cells), default=0) for i in range(2)]
-        done, all_ = len(self.replaced), len(self.entries)
-        lines = [f"{self.model}: {done} of {all_} attention modules run fasttx"]
-        return "\n".join(lines + [f"  {a:{wide[0]}}  {b:{wide[1]}}  {c}" for a, b, c in cells])
+_HERE = f"{__package__}."
 
 
 def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
-    """Make a Hugging Face model run fasttx's attention, in inference and training.
+    """Make a Hugging Face model run fasttx's kernels, in inference and training.
 
-    model: a transformers model, or a module that contains some; BERT, RoBERTa and the families that
-    share their attention (hf_families.py). Patching again changes nothing. With strict=True a model
-    with an attention module that cannot be replaced, or with none at all, is left alone and
-    NotImplementedError lists the reasons.
+    model: a transformers model, or a module that contains some; BERT and RoBERTa with the families
+    that share their attention, GPT-2, BART, T5 and BLOOM (hf_families.py). Patching again changes
+    nothing. With strict=True a model with a module that cannot be replaced, or with no attention at
+    all, is left alone and NotImplementedError lists the reasons.
 
     Returns the report of what was replaced, what was not, and why. Raises TypeError for anything
     that is not such a module.
 
     >>> fasttx.patch(model)
-    BertModel: 6 of 6 attention modules run fasttx
+    BertModel: 6 of 6 modules run fasttx
       encoder.layer.*.attention.self  6 x BertSelfAttention  replaced
     """
     found = [
@@ -91,7 +51,8 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
     entries, replaced = [], []
     for prefix, name, module, owner, reason in found:
         if reason is None:
-            reason = blocked.get(id(module.config)) or blocked.get(id(owner.config))
+            config = getattr(module, "config", owner.config)
+            reason = blocked.get(id(config)) or blocked.get(id(owner.config))
         if reason is None:
             replaced.append((name, module, owner))
         entries.append(PatchEntry(_join(prefix, name), type(module).__name__, reason))
@@ -100,19 +61,23 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
         why = report if entries else f"{report.model}: no attention module was found"
         raise NotImplementedError(f"fasttx.patch(strict=True) changed nothing\n{why}")
     if replaced:
-        from . import hf_attention  # noqa: F401  (registers the name)
+        from . import hf_attention  # noqa: F401  (registers the names)
     for name, module, owner in replaced:
+        _, known = _known(module)
+        if known.module is not None and not _is_ours(type(module)):
+            _swap(module, known.module)
         # The attention reads its own config, the owner makes the masks by its own: maybe another.
-        for holder, config in ((name, module.config), ("", owner.config)):
-            if config._attn_implementation != NAME:
+        for holder, config in ((name, getattr(module, "config", None)), ("", owner.config)):
+            if config is not None and config._attn_implementation != known.name:
                 previous = owner.__dict__.setdefault(_PREVIOUS, {})
                 previous[holder] = config._attn_implementation
-                _choose(config, NAME)
+                _choose(config, known.name)
     return report
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undo `patch`: every config gets the attention implementation it had before.
+    """Undo `patch`: every module gets its class and every config the attention implementation it
+    had before.
 
     A model that is not patched stays as it is, an implementation chosen after patching is kept.
     Raises TypeError as `patch` does.
@@ -120,8 +85,38 @@ def unpatch(model: nn.Module) -> None:
     for _, owner in _owners(model, "unpatch"):
         for holder, implementation in owner.__dict__.pop(_PREVIOUS, {}).items():
             config = owner.get_submodule(holder).config
-            if config._attn_implementation == NAME:
+            if config._attn_implementation in _NAMES:
                 _choose(config, implementation)
+        for module in owner.modules():
+            if _is_ours(type(module)):
+                module.__class__ = _original(type(module))
+
+
+_NAMES = {attention.name for attention in ATTENTION.values()}
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.startswith(_HERE)
+
+
+def _original(cls: type) -> type:
+    return next(base for base in cls.__mro__ if not _is_ours(base))
+
+
+def _swap(module: nn.Module, file: str) -> None:
+    ours = getattr(importlib.import_module(_HERE + file), type(module).__name__)
+    if _original(ours) is not type(module):
+        raise AssertionError(f"{ours} is no subclass of {type(module)}")
+    module.__class__ = ours
+
+
+def _known(module: nn.Module) -> tuple[type, Attention] | None:
+    """(the class of the table that module is an instance of, what the table says of it)."""
+    for cls in type(module).__mro__:
+        name = f"{cls.__module__}.{cls.__qualname__}".removeprefix("transformers.models.")
+        if name in ATTENTION:
+            return cls, ATTENTION[name]
+    return None
 
 
 def _choose(config, implementation: str | None) -> None:
@@ -173,14 +168,20 @@ def _join(prefix: str, name: str) -> str:
 
 
 def _why_not(module: nn.Module) -> str | None:
-    classes = [c for c in type(module).__mro__ if f"{c.__module__}.{c.__qualname__}" in ATTENTION]
-    if not classes:
-        return f"not in fasttx's table ({', '.join(BERT_LIKE)})"
-    if type(module).forward is not classes[0].forward:
-        return f"{type(module).__name__} overrides the forward of {classes[0].__name__}"
-    # accelerate's wrapper, known by its _hf_hook, calls the forward that it stands for
-    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
-        return "its forward was replaced on the instance"
-    if (size := module.attention_head_size) > _LARGEST_HEAD:
+    if (found := _known(module)) is None:
+        return f"not in fasttx's table ({', '.join(FAMILIES)})"
+    cls, known = found
+    kind = _original(type(module))
+    if kind.forward is not cls.forward:
+        return f"{kind.__name__} overrides the forward of {cls.__name__}"
+    if known.module is not None and kind is not cls:
+        return f"{kind.__name__} is a subclass of {cls.__name__}, the class that is replaced"
+    if "forward" in vars(module):
+        # accelerate's wrapper, known by its _hf_hook, calls the forward that was there before it
+        if not hasattr(module, "_hf_hook"):
+            return "its forward was replaced on the instance"
+        if known.module is not None and not _is_ours(type(module)):
+            return "accelerate's hook holds its forward: patch the model before it is dispatched"
+    if (size := getattr(module, known.head_size)) > _LARGEST_HEAD:
         return f"its head size {size} is above {_LARGEST_HEAD}, the kernels' largest"
     return None

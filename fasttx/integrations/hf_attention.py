@@ -22,10 +22,11 @@ from torch import Tensor
 from transformers import masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
+from transformers.utils import output_capturing
 from transformers.utils.import_utils import is_tracing
 
-from ..ops.attention import attention
-from .hf_families import CAUSAL_PADDING, CROSS_ATTENTION, NAME
+from ..ops.attention import RelativePositionBias, attention
+from .hf_families import CAUSAL_PADDING, CROSS_ATTENTION, NAME, PATCHED
 
 # Arguments that do not change dense attention: bookkeeping, or in the mask already.
 _INERT = {
@@ -47,9 +48,10 @@ def attention_forward(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    position_bias: RelativePositionBias | Tensor | bool | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """softmax(scaling * query key^T + mask) value, as transformers calls it.
+    """softmax(scaling * query key^T + position_bias + mask) value, as transformers calls it.
 
     query [B,H,S,D], key and value [B,G,T,D] -> ([B,S,H,D], None); dropout in training only. Where
     the attention maps are asked for (output_attentions), and for an argument not known here, the
@@ -60,7 +62,7 @@ def attention_forward(
     Raises NotImplementedError for a paged cache and for a sliding window that reached no mask,
     ValueError for packed sequences together with a mask or in cross-attention.
     """
-    alignment = _alignment(module, query, attention_mask, is_causal)
+    causal = alignment(module, query.shape[2], attention_mask, is_causal)
     if attention_mask is not None and attention_mask.dim() == 5:
         attention_mask = attention_mask[:, 0]
     if kwargs.get("cache") is not None:
@@ -79,19 +81,30 @@ def attention_forward(
         if packed is not None:
             raise NotImplementedError(f"packed sequences cannot be combined with {reason}")
         function = _own_eager(module, reason)
-        mask = _additive(attention_mask, alignment, query, key)
-        named = {"softcap": softcap, "sliding_window": sliding_window, "is_causal": is_causal}
+        mask = additive_mask(attention_mask, causal, query.shape[2], key.shape[2], query)
+        named = {
+            "softcap": softcap,
+            "sliding_window": sliding_window,
+            "is_causal": is_causal,
+            "position_bias": _dense(position_bias, query.shape[2], key.shape[2]),
+        }
         kwargs.update((name, value) for name, value in named.items() if value is not None)
         return function(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+    if isinstance(position_bias, Tensor):
+        if not type(module).__module__.startswith("fasttx."):
+            _tell_dense(type(module).__name__)
+        attention_mask = _biased(position_bias, attention_mask)
+        position_bias = None
     out = attention(
         query,
         key,
         value,
         attention_mask,
         dropout if module.training else 0.0,
-        alignment,
+        causal,
         scale=scaling,
         softcap=softcap,
+        position_bias=position_bias or None,
         cu_seqlens=packed,
     )
     return out.transpose(1, 2).contiguous(), None
@@ -119,6 +132,21 @@ def attention_mask(
     """
     if attention_mask is not None and attention_mask.dim() == 5:
         return attention_mask
+    if _is_deaf(config):
+        return masking_utils.eager_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+            config=config,
+            device=device,
+            **kwargs,
+        )
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
             "attention_mask must be [batch, keys], or [batch, heads, queries, keys] to be taken as "
@@ -167,8 +195,21 @@ def _padding(mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | No
     return None if not is_tracing(mask) and bool(mask.all()) else mask
 
 
-def _alignment(module, query: Tensor, mask: Tensor | None, is_causal: bool | None) -> str | bool:
-    """transformers' rule: causal if the call, else the module, says so and no mask is given."""
+def _is_deaf(config) -> bool:
+    """An unpatched BLOOM, which adds whatever mask it gets and never calls `attention_forward`."""
+    unpatched = getattr(config, "_attn_implementation", None) == NAME
+    if unpatched and getattr(config, "model_type", None) == "bloom":
+        _tell_deaf()
+        return True
+    return False
+
+
+def alignment(
+    module, queries: int, mask: Tensor | None, is_causal: bool | None = None
+) -> str | bool:
+    """What attention's is_causal must be for a mask as above.
+
+    transformers' rule: causal if the call, else the module, says so and no mask is given."""
     if mask is not None and mask.dim() == 5:
         if mask.shape[1:4] != (1, 1, 1) or mask.dtype is not torch.bool:
             raise ValueError(
@@ -177,24 +218,35 @@ def _alignment(module, query: Tensor, mask: Tensor | None, is_causal: bool | Non
             )
         return "lower_right"
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if causal and mask is None and not _is_cross(module) and query.shape[2] > 1:
+    if causal and mask is None and not _is_cross(module) and queries > 1:
         return "upper_left"
     return False
 
 
 def _is_cross(module) -> bool:
-    return f"{type(module).__module__}.{type(module).__qualname__}" in CROSS_ATTENTION
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    if name.removeprefix("transformers.models.") in CROSS_ATTENTION:
+        return True
+    if (cross := getattr(module, "is_cross_attention", None)) is not None:
+        return cross
+    return getattr(module, "is_decoder", False) and getattr(module, "is_causal", None) is False
 
 
 def _why_eager(module, kwargs: dict) -> str | None:
     wanted = kwargs.get("output_attentions")
     if wanted is None:
         wanted = getattr(getattr(module, "config", None), "output_attentions", False)
-    if wanted:
+    if wanted or _captured():
         return "output_attentions"
     known = _INERT | {"output_attentions"}
     given = (name for name, v in kwargs.items() if v is not None and v is not False)
     return next((name for name in given if name not in known), None)
+
+
+def _captured() -> bool:
+    """Models that do not hand output_attentions down (GPT-2) have hooks collect the maps."""
+    collected = output_capturing._active_collector.get()
+    return collected is not None and any(key.endswith("attentions") for key in collected)
 
 
 def _packed(module, query, key, attention_mask, cu_q, cu_k) -> tuple[Tensor, Tensor]:
@@ -234,21 +286,60 @@ def _tell(name: str, reason: str) -> None:
     )
 
 
-def _additive(mask: Tensor | None, alignment: str | bool, query: Tensor, key: Tensor):
+@functools.cache
+def _tell_dense(name: str) -> None:
+    warnings.warn(
+        f'attn_implementation="{NAME}": {name} makes a [1, heads, queries, keys] position bias; '
+        "fasttx.patch(model) lets the kernel compute it",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+@functools.cache
+def _tell_deaf() -> None:
+    warnings.warn(
+        f'attn_implementation="{NAME}": BLOOM runs its own attention whatever the name; '
+        "fasttx.patch(model) replaces it",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def additive_mask(
+    mask: Tensor | None, causal: str | bool, S: int, T: int, like: Tensor
+) -> Tensor | None:
     """The mask as transformers' eager functions take it: the least finite number where hidden."""
-    if alignment:
-        S, T = query.shape[2], key.shape[2]
-        newest = torch.arange(S, device=query.device)[:, None]
-        newest = newest + (T - S if alignment == "lower_right" else 0)
-        band = torch.arange(T, device=query.device) <= newest
+    if causal:
+        newest = torch.arange(S, device=like.device)[:, None]
+        newest = newest + (T - S if causal == "lower_right" else 0)
+        band = torch.arange(T, device=like.device) <= newest
         mask = band[None, None] if mask is None else mask & band
     if mask is None or mask.dtype is not torch.bool:
         return mask
-    zero = torch.zeros((), dtype=query.dtype, device=mask.device)
-    return torch.where(mask, zero, torch.finfo(query.dtype).min)
+    zero = torch.zeros((), dtype=like.dtype, device=mask.device)
+    return torch.where(mask, zero, torch.finfo(like.dtype).min)
+
+
+def _biased(bias: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return bias
+    return torch.where(mask, bias, -torch.inf) if mask.dtype is torch.bool else bias + mask
+
+
+def _dense(bias, S: int, T: int) -> Tensor | None:
+    """A position bias as transformers has it, [1, H, S, T]."""
+    if not isinstance(bias, RelativePositionBias):
+        return None if bias is False else bias
+    offset = T - S if bias.query_offset is None else bias.query_offset
+    device, far = bias.weight.device, bias.max_distance
+    distance = torch.arange(T, device=device) - torch.arange(S, device=device)[:, None] - offset
+    bucket = bias.buckets().long()[distance.clamp(-far, far) + far]
+    return torch.nn.functional.embedding(bucket, bias.weight).permute(2, 0, 1)[None]
 
 
 if "q_length" not in inspect.signature(masking_utils.sdpa_mask).parameters:
     raise ImportError(f"fasttx needs transformers >= 5.4, found {transformers.__version__}")
-AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, attention_mask)
+for _name in (NAME, PATCHED):
+    AttentionInterface.register(_name, attention_forward)
+    AttentionMaskInterface.register(_name, attention_mask)

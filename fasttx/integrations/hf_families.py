@@ -1,6 +1,26 @@
-"""What fasttx knows of transformers' models, as data: no transformers import, no code of theirs."""
+"""What fasttx knows of transformers' models, as data: no transformers import, no code of theirs.
+
+A class is named by its module under transformers.models and its own name. What fasttx puts in its
+place is a subclass of the same name in a module of this package, or nothing where the class reads
+its attention from the config, so that the name alone is enough.
+"""
+
+from typing import NamedTuple
 
 NAME = "fasttx"  # attn_implementation
+# The same for a patched BLOOM. Unpatched it ignores its attention's name and adds the mask as a
+# number, so under NAME it must get transformers' own masks.
+PATCHED = "fasttx_patched"
+
+
+class Attention(NamedTuple):
+    """An attention class: the attribute with its head size, and the module here that holds its
+    subclass (None: only the name in the config changes)."""
+
+    head_size: str
+    module: str | None = None
+    name: str = NAME
+
 
 # model_type -> (module under transformers.models, prefix of its attention classes). Their self- and
 # cross-attention are one text under different names: they call the attention interface, hand its
@@ -23,14 +43,19 @@ BERT_LIKE = {
     "xmod": ("xmod.modeling_xmod", "Xmod"),
 }
 
-
-def _classes(kind: str) -> frozenset[str]:
-    return frozenset(
-        f"transformers.models.{module}.{prefix}{kind}Attention"
+ATTENTION = {
+    **{
+        f"{module}.{prefix}{kind}Attention": Attention("attention_head_size")
         for module, prefix in BERT_LIKE.values()
-    )
+        for kind in ("Self", "Cross")
+    },
+    "gpt2.modeling_gpt2.GPT2Attention": Attention("head_dim"),
+    "bart.modeling_bart.BartAttention": Attention("head_dim"),
+    "t5.modeling_t5.T5Attention": Attention("key_value_proj_dim", "hf_t5"),
+    "bloom.modeling_bloom.BloomAttention": Attention("head_dim", "hf_bloom", PATCHED),
+}
+FAMILIES = (*BERT_LIKE, "gpt2", "bart", "t5", "bloom")
 
-
-CROSS_ATTENTION = _classes("Cross")
-ATTENTION = _classes("Self") | CROSS_ATTENTION  # what `patch` replaces
-CAUSAL_PADDING = frozenset(BERT_LIKE)  # model types that take hf_attention's five-dimensional mask
+CROSS_ATTENTION = frozenset(name for name in ATTENTION if name.endswith("CrossAttention"))
+# Model types that hand hf_attention's five-dimensional mask over untouched.
+CAUSAL_PADDING = frozenset(FAMILIES)

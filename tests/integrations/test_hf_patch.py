@@ -28,8 +28,12 @@ def implementations(model) -> set:
     return {c._attn_implementation for c in configs if c is not None}
 
 
-def gpt2():
-    return transformers.GPT2Model(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8))
+def opt():
+    """A model that fasttx does not know."""
+    config = transformers.OPTConfig(
+        vocab_size=61, hidden_size=8, ffn_dim=8, num_attention_heads=2, num_hidden_layers=1
+    )
+    return transformers.OPTModel(config)
 
 
 def tiny(config_cls, **extra):
@@ -54,7 +58,7 @@ def test_report_and_unpatch(kind):
     assert not report.skipped
     assert implementations(model) == {"fasttx"}
     lines = str(report).splitlines()
-    assert lines[0] == f"{type(model).__name__}: 2 of 2 attention modules run fasttx"
+    assert lines[0] == f"{type(model).__name__}: 2 of 2 modules run fasttx"
     assert re.match(
         r"  encoder\.layer\.\*\.attention\.self  2 x \w+SelfAttention  replaced$", lines[1]
     )
@@ -99,18 +103,19 @@ def test_a_module_that_holds_models():
     class Classifier(nn.Module):
         def __init__(self):
             super().__init__()
-            self.text, self.other, self.head = bert(), gpt2(), nn.Linear(35, 2)
+            self.text, self.other, self.head = bert(), opt(), nn.Linear(35, 2)
 
     model = Classifier()
     report = fasttx.patch(model)
     assert {e.name.split(".")[0] for e in report.replaced} == {"text"}
     (skipped,) = report.skipped
-    assert (skipped.name, skipped.kind) == ("other.h.0.attn", "GPT2Attention")
+    assert (skipped.name, skipped.kind) == ("other.decoder.layers.0.self_attn", "OPTAttention")
     assert skipped.reason.startswith("not in fasttx's table (bert, ")
     assert implementations(model.text) == {"fasttx"}
     assert implementations(model.other) == {"sdpa"}
     with pytest.raises(
-        NotImplementedError, match=r"(?s)changed nothing.*other\.h\.\*\.attn.*not in"
+        NotImplementedError,
+        match=r"(?s)changed nothing.*other\.decoder\.layers\.\*\.self_attn.*not in",
     ):
         fasttx.patch(model, strict=True)
     fasttx.unpatch(model)
@@ -118,8 +123,8 @@ def test_a_module_that_holds_models():
 
 
 def test_strict_changes_nothing():
-    model = gpt2()
-    with pytest.raises(NotImplementedError, match="1 x GPT2Attention"):
+    model = opt()
+    with pytest.raises(NotImplementedError, match="1 x OPTAttention"):
         fasttx.patch(model, strict=True)
     assert not fasttx.patch(model).replaced
     assert implementations(model) == {"sdpa"}

@@ -1,0 +1,45 @@
+"""T5's modules as `patch` runs them: subclasses of transformers' own, of the same names."""
+
+from torch import Tensor, nn
+from transformers.models.t5 import modeling_t5
+
+from ..ops.attention import RelativePositionBias
+from .hf_classes import is_plain
+from .hf_families import NAME
+
+
+class T5Attention(modeling_t5.T5Attention):
+    """Its position bias is the learned table, which the kernel reads by distance: no [1, H, S, T]
+    tensor of biases, and none of zeros for cross-attention."""
+
+    def compute_bias(
+        self, query_length, key_length, device=None, past_seen_tokens=0
+    ) -> RelativePositionBias | Tensor:
+        table = self.relative_attention_bias
+        ours = self.config._attn_implementation == NAME and is_plain(table, nn.Embedding)
+        if not ours or isinstance(past_seen_tokens, Tensor):
+            # One row of biases a head and generated token: a static cache's length is a tensor.
+            return super().compute_bias(query_length, key_length, device, past_seen_tokens)
+        newest = key_length == past_seen_tokens + query_length
+        return RelativePositionBias(
+            table.weight,
+            bidirectional=not self.is_decoder,
+            max_distance=self.relative_attention_max_distance,
+            query_offset=None if newest else past_seen_tokens,
+        )
+
+    def forward(
+        self,
+        hidden_states,
+        mask=None,
+        key_value_states=None,
+        position_bias=None,
+        past_key_values=None,
+        **kwargs,
+    ):
+        ours = self.config._attn_implementation == NAME
+        if ours and position_bias is None and not self.has_relative_attention_bias:
+            position_bias = False
+        return super().forward(
+            hidden_states, mask, key_value_states, position_bias, past_key_values, **kwargs
+        )
