@@ -1,0 +1,67 @@
+// What the kernels of add_norm share: the arguments on the device, and rows of tensors.
+#pragma once
+#include "cpu/add_norm.h"
+#include "cuda/eight.h"
+#include "cuda/philox.h"
+#include "cuda/reduce.h"
+
+namespace fasttx {
+
+struct AddNorm {
+  fasttx_add_norm a;
+  Dropout dropout;
+  float* means;     // [2, M]: of dout * weight, and of dout * weight * xhat; or absent
+  float* partials;  // [parts, 3, N]: sums for dweight, dbias, dx_bias over the rows of a part
+  int64_t part_rows;
+  int parts;
+};
+
+FASTTX_DEVICE int64_t row_offset(const fasttx_rows& r, int64_t m) {
+  if (!r.size1) return m * r.stride[2];
+  const int64_t outer = m / r.size2;
+  return outer / r.size1 * r.stride[0] + outer % r.size1 * r.stride[1] + m % r.size2 * r.stride[2];
+}
+
+// Whether eight columns lie in aligned 16 (fp32: 32) bytes in every row.
+inline bool by_eight(const fasttx_rows& r) {
+  if (!r.data) return true;
+  bool even = r.column == 1 && reinterpret_cast<uintptr_t>(r.data) % 16 == 0;
+  for (int64_t s : r.stride) even &= s % 8 == 0;
+  return even;
+}
+
+// z of eight columns: residual + dropout(x + x_bias).
+FASTTX_DEVICE void add_eight(const AddNorm& p, float (&z)[8], const Bits8& residual, uint32_t kept, int64_t n) {
+  const fasttx_add_norm& a = p.a;
+  float more[8];
+  if (a.x_bias.data) {
+    unpack8(load8(a.x_bias.data, a.x_bias.dtype, n), a.x_bias.dtype, more);
+#pragma unroll
+    for (int i = 0; i < 8; i++) z[i] += more[i];
+  }
+  if (p.dropout.threshold) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) z[i] = kept >> i & 1 ? z[i] * p.dropout.scale : 0.0f;
+  }
+  if (a.residual.data) {
+    unpack8(residual, a.residual.dtype, more);
+#pragma unroll
+    for (int i = 0; i < 8; i++) z[i] += more[i];
+  }
+}
+
+// The same of one column, of any strides.
+FASTTX_DEVICE float add_one(const AddNorm& p, Key key, int64_t m, int64_t x_row, int64_t residual_row, int64_t n) {
+  const fasttx_add_norm& a = p.a;
+  float z = load1(a.x.data, a.x.dtype, x_row + n * a.x.column);
+  if (a.x_bias.data) z += load1(a.x_bias.data, a.x_bias.dtype, n * a.x_bias.column);
+  if (p.dropout.threshold) {
+    const uint32_t kept = keep_bits(p.dropout, key, static_cast<uint32_t>(n / 8), static_cast<uint32_t>(m));
+    z = kept >> n % 8 & 1 ? z * p.dropout.scale : 0.0f;
+  }
+  if (a.residual.data) z += load1(a.residual.data, a.residual.dtype, residual_row + n * a.residual.column);
+  return z;
+}
+
+}  // namespace fasttx
+

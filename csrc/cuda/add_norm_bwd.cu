@@ -1,0 +1,267 @@
+// The gradients of add_norm. A block has a part of the rows; its warps (to 256 columns) or all of its
+// threads together (to 4096) go through them one by one, each read once, and keep the sums for the
+// parameters in registers. Others, and odd strides, by a kernel for the rows and one for the columns.
+// What the parts have summed is added in order.
+#include "cuda/add_norm.h"
+
+namespace fasttx {
+namespace {
+
+constexpr int WARPS = 4;
+
+template <class T, bool WARP, bool SUMS>
+__global__ void __launch_bounds__(WARP ? 32 * WARPS : 512) add_norm_bwd(const __grid_constant__ AddNorm p) {
+  FASTTX_SHARED(shared);
+  const fasttx_add_norm& a = p.a;
+  float* scratch = reinterpret_cast<float*>(shared);
+  const int thread = WARP ? threadIdx.x % 32 : threadIdx.x, warp = threadIdx.x / 32;
+  const int64_t first = blockIdx.x * p.part_rows, last = min(first + p.part_rows, a.M);
+  const Key key = load_key(p.dropout);
+  const float per_column = 1.0f / a.N;
+  const int n = thread * 8;
+  const bool live = n < a.N;
+  float sums[3][8] = {};
+
+  for (int64_t m = first + (WARP ? warp : 0); m < last; m += WARP ? WARPS : 1) {
+    Words x;
+    Bits8 residual, upstream, straight;
+    if (live) {
+      x = load16_once(static_cast<const T*>(a.x.data) + row_offset(a.x, m) + n);
+      if (a.dout.data) upstream = load8(a.dout.data, a.dout.dtype, row_offset(a.dout, m) + n);
+      if (a.residual.data) residual = load8(a.residual.data, a.residual.dtype, row_offset(a.residual, m) + n);
+      if (a.dtotal.data) straight = load8(a.dtotal.data, a.dtotal.dtype, row_offset(a.dtotal, m) + n);
+    }
+    const float mean = a.rms ? 0.0f : load(a.mean + m), rstd = load(a.rstd + m);
+
+    float xhat[8] = {}, g[8] = {}, means[2] = {0.0f, 0.0f};
+    uint32_t kept = 0;
+    if (live) {
+      if (p.dropout.threshold) kept = keep_bits(p.dropout, key, thread, static_cast<uint32_t>(m));
+      unpack8<T>(x, xhat);
+      add_eight(p, xhat, residual, kept, n);
+#pragma unroll
+      for (int i = 0; i < 8; i++) xhat[i] = (xhat[i] - mean) * rstd;
+      if (a.dout.data) unpack8(upstream, a.dout.dtype, g);
+      if (SUMS) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          sums[0][i] += g[i] * xhat[i];
+          sums[1][i] += g[i];
+        }
+      }
+      if (a.weight.data) {
+        float weight[8];
+        unpack8(load8(a.weight.data, a.weight.dtype, n), a.weight.dtype, weight);
+#pragma unroll
+        for (int i = 0; i < 8; i++) g[i] *= weight[i];
+      }
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        means[0] += g[i];
+        means[1] += g[i] * xhat[i];
+      }
+    }
+    if (WARP) {
+      means[0] = warp_sum(means[0]);
+      means[1] = warp_sum(means[1]);
+    } else {
+      block_sum(means, scratch);
+    }
+    if (!live) continue;
+    const float along = a.rms ? 0.0f : means[0] * per_column, across = means[1] * per_column;
+    float dz[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) dz[i] = (g[i] - along - xhat[i] * across) * rstd;
+    if (a.dtotal.data) {
+      unpack8(straight, a.dtotal.dtype, g);
+#pragma unroll
+      for (int i = 0; i < 8; i++) dz[i] += g[i];
+    }
+    if (a.need & 2) store8(a.dresidual.data, a.dresidual.dtype, row_offset(a.dresidual, m) + n, dz);
+    if (p.dropout.threshold) {
+#pragma unroll
+      for (int i = 0; i < 8; i++) dz[i] = kept >> i & 1 ? dz[i] * p.dropout.scale : 0.0f;
+    }
+    if (a.need & 1) store16(static_cast<T*>(a.dx.data) + row_offset(a.dx, m) + n, pack8<T>(dz));
+    if (SUMS) {
+#pragma unroll
+      for (int i = 0; i < 8; i++) sums[2][i] += dz[i];
+    }
+  }
+
+  if constexpr (SUMS) {
+#pragma unroll
+    for (int kind = 0; kind < 3; kind++) {
+      if (!(a.need >> (2 + kind) & 1)) continue;
+      if (WARP) {
+        // The other warps hand theirs to the first.
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < 8; i++) scratch[(warp * 8 + i) * 32 + thread] = sums[kind][i];
+        __syncthreads();
+        if (warp) continue;
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+          for (int w = 1; w < WARPS; w++) sums[kind][i] += scratch[(w * 8 + i) * 32 + thread];
+      }
+      if (live) store8(p.partials + (int64_t{blockIdx.x} * 3 + kind) * a.N, FASTTX_F32, n, sums[kind]);
+    }
+  }
+}
+
+// dx and dresidual of a row, and its two means for the columns.
+__global__ void __launch_bounds__(256) add_norm_bwd_rows(const __grid_constant__ AddNorm p) {
+  FASTTX_SHARED(shared);
+  float* scratch = reinterpret_cast<float*>(shared);
+  const fasttx_add_norm& a = p.a;
+  const Key key = load_key(p.dropout);
+  const int64_t m = blockIdx.x, x_row = row_offset(a.x, m), residual_row = row_offset(a.residual, m);
+  const int64_t dout_row = row_offset(a.dout, m), dtotal_row = row_offset(a.dtotal, m);
+  const int64_t dx_row = row_offset(a.dx, m), dresidual_row = row_offset(a.dresidual, m);
+  const float mean = a.rms ? 0.0f : a.mean[m], rstd = a.rstd[m];
+  auto xhat = [&](int64_t n) { return (add_one(p, key, m, x_row, residual_row, n) - mean) * rstd; };
+  auto gw = [&](int64_t n) {
+    if (!a.dout.data) return 0.0f;
+    const float g = load1(a.dout.data, a.dout.dtype, dout_row + n * a.dout.column);
+    return a.weight.data ? g * load1(a.weight.data, a.weight.dtype, n * a.weight.column) : g;
+  };
+  float means[2] = {0.0f, 0.0f};
+  for (int64_t n = threadIdx.x; n < a.N; n += blockDim.x) {
+    const float g = gw(n);
+    means[0] += g;
+    means[1] += g * xhat(n);
+  }
+  block_sum(means, scratch);
+  const float along = a.rms ? 0.0f : means[0] / a.N, across = means[1] / a.N;
+  if (p.means && threadIdx.x == 0) {
+    p.means[m] = along;
+    p.means[a.M + m] = across;
+  }
+  for (int64_t n = threadIdx.x; n < a.N; n += blockDim.x) {
+    float dz = (gw(n) - along - xhat(n) * across) * rstd;
+    if (a.dtotal.data) dz += load1(a.dtotal.data, a.dtotal.dtype, dtotal_row + n * a.dtotal.column);
+    if (a.need & 2) store1(a.dresidual.data, a.dresidual.dtype, dresidual_row + n * a.dresidual.column, dz);
+    if (p.dropout.threshold) {
+      const uint32_t kept = keep_bits(p.dropout, key, static_cast<uint32_t>(n / 8), static_cast<uint32_t>(m));
+      dz = kept >> n % 8 & 1 ? dz * p.dropout.scale : 0.0f;
+    }
+    if (a.need & 1) store1(a.dx.data, a.dx.dtype, dx_row + n * a.dx.column, dz);
+  }
+}
+
+// The sums of 32 columns over the rows of a part, by 8 rows at once.
+__global__ void __launch_bounds__(256) add_norm_bwd_columns(const __grid_constant__ AddNorm p) {
+  FASTTX_SHARED(shared);
+  float* scratch = reinterpret_cast<float*>(shared);
+  const fasttx_add_norm& a = p.a;
+  const Key key = load_key(p.dropout);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t n = int64_t{blockIdx.x} * 32 + lane;
+  const int64_t first = blockIdx.y * p.part_rows, last = min(first + p.part_rows, a.M);
+  float sums[3] = {0.0f, 0.0f, 0.0f};
+  if (n < a.N)
+    for (int64_t m = first + warp; m < last; m += 8) {
+      const float mean = a.rms ? 0.0f : a.mean[m], rstd = a.rstd[m];
+      const float z = add_one(p, key, m, row_offset(a.x, m), row_offset(a.residual, m), n);
+      const float xhat = (z - mean) * rstd;
+      const float g = a.dout.data ? load1(a.dout.data, a.dout.dtype, row_offset(a.dout, m) + n * a.dout.column) : 0.0f;
+      sums[0] += g * xhat;
+      sums[1] += g;
+      if (!(a.need & 16)) continue;
+      const float gw = a.weight.data ? g * load1(a.weight.data, a.weight.dtype, n * a.weight.column) : g;
+      float dz = (gw - p.means[m] - xhat * p.means[a.M + m]) * rstd;
+      if (a.dtotal.data) dz += load1(a.dtotal.data, a.dtotal.dtype, row_offset(a.dtotal, m) + n * a.dtotal.column);
+      if (p.dropout.threshold) {
+        const uint32_t kept = keep_bits(p.dropout, key, static_cast<uint32_t>(n / 8), static_cast<uint32_t>(m));
+        dz = kept >> n % 8 & 1 ? dz * p.dropout.scale : 0.0f;
+      }
+      sums[2] += dz;
+    }
+  for (int kind = 0; kind < 3; kind++) scratch[(kind * 8 + warp) * 32 + lane] = sums[kind];
+  __syncthreads();
+  if (warp || n >= a.N) return;
+  for (int kind = 0; kind < 3; kind++) {
+    if (!(a.need >> (2 + kind) & 1)) continue;
+    float sum = 0.0f;
+    for (int w = 0; w < 8; w++) sum += scratch[(kind * 8 + w) * 32 + lane];
+    p.partials[(int64_t{blockIdx.y} * 3 + kind) * a.N + n] = sum;
+  }
+}
+
+// What the parts have summed, added in order: 32 columns of one kind, 8 parts at once.
+__global__ void __launch_bounds__(256) add_norm_bwd_finish(const __grid_constant__ AddNorm p) {
+  FASTTX_SHARED(shared);
+  float* scratch = reinterpret_cast<float*>(shared);
+  const fasttx_add_norm& a = p.a;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, kind = blockIdx.y;
+  if (!(a.need >> (2 + kind) & 1)) return;
+  const int64_t n = int64_t{blockIdx.x} * 32 + lane;
+  float sum = 0.0f;
+  if (n < a.N)
+    for (int part = warp; part < p.parts; part += 8) sum += p.partials[(int64_t{part} * 3 + kind) * a.N + n];
+  scratch[warp * 32 + lane] = sum;
+  __syncthreads();
+  if (warp || n >= a.N) return;
+  sum = 0.0f;
+  for (int w = 0; w < 8; w++) sum += scratch[w * 32 + lane];
+  const fasttx_rows& to = kind == 0 ? a.dweight : kind == 1 ? a.dbias : a.dx_bias;
+  store1(to.data, to.dtype, n * to.column, sum);
+}
+
+struct Plan {
+  bool even;      // rows in registers
+  int64_t part_rows, parts;
+};
+
+Plan plan(const fasttx_add_norm& a) {
+  bool even = a.N % 8 == 0 && a.N > 0 && a.N <= 4096;
+  for (const fasttx_rows* r : {&a.x, &a.residual, &a.weight, &a.x_bias, &a.dout, &a.dtotal, &a.dx, &a.dresidual})
+    even &= by_eight(*r);
+  even &= a.x.dtype == FASTTX_BF16 || a.x.dtype == FASTTX_F16;
+  // Enough parts to fill the device, and so few that adding them up costs little.
+  const int64_t least = even && a.N <= 256 ? 4 * WARPS : 8;
+  const int64_t most = int64_t{multiprocessors()} * (even && a.N > 2048 ? 2 : 4);
+  const int64_t parts = max(int64_t{1}, min(most, (a.M + least - 1) / least));
+  const int64_t rows = (a.M + parts - 1) / parts;
+  return {even, rows, rows ? (a.M + rows - 1) / rows : 0};
+}
+
+template <class T>
+int backward(const AddNorm& p, void* stream) {
+  const bool sums = p.a.need & 28;
+  const dim3 grid(static_cast<unsigned>(p.parts));
+  if (p.a.N <= 256)
+    return launch(sums ? add_norm_bwd<T, true, true> : add_norm_bwd<T, true, false>, grid, 32 * WARPS,
+                  WARPS * 8 * 32 * 4, stream, p);
+  const int threads = static_cast<int>((p.a.N + 255) / 256 * 32);
+  return launch(sums ? add_norm_bwd<T, false, true> : add_norm_bwd<T, false, false>, grid, threads, 256,
+                stream, p);
+}
+
+}  // namespace
+}  // namespace fasttx
+
+FASTTX_API int64_t fasttx_cuda_add_norm_bwd_workspace(const fasttx_add_norm& a) {
+  const fasttx::Plan plan = fasttx::plan(a);
+  return (a.need & 28 ? plan.parts * 3 * a.N : 0) + (a.need & 16 ? 2 * a.M : 0);
+}
+
+FASTTX_API int fasttx_cuda_add_norm_bwd(const fasttx_add_norm& a, float* workspace, void* stream) {
+  using namespace fasttx;
+  if (a.N == 0) return 0;
+  const Plan made = plan(a);
+  AddNorm p = {a, make_dropout(a.dropout_p, a.seed), nullptr, nullptr, made.part_rows, static_cast<int>(made.parts)};
+  if (a.need & 28) p.partials = workspace;
+  if (a.need & 16) p.means = workspace + made.parts * 3 * a.N;
+  const unsigned blocks = static_cast<unsigned>((a.N + 31) / 32);
+  int status = 0;
+  if (a.M && made.even) {
+    status = a.x.dtype == FASTTX_BF16 ? backward<bf16>(p, stream) : backward<f16>(p, stream);
+  } else if (a.M) {
+    if (a.need & (1 | 2 | 16)) status = launch(add_norm_bwd_rows, dim3(static_cast<unsigned>(a.M)), 256, 256, stream, p);
+    if (!status && a.need & 28)
+      status = launch(add_norm_bwd_columns, dim3(blocks, p.parts), 256, 3 * 8 * 32 * 4, stream, p);
+  }
+  if (!status && a.need & 28) status = launch(add_norm_bwd_finish, dim3(blocks, 3), 256, 8 * 32 * 4, stream, p);
+  return status;
+}

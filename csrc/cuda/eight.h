@@ -1,0 +1,83 @@
+// Eight neighbouring numbers of any floating dtype, by 16-byte accesses: the unit in which the
+// kernels that are bound by memory move. Loads give the bits, so that many can be under way before
+// the first is looked at.
+#pragma once
+#include "cuda/numbers.h"
+#include "cuda/ptx/memory.h"
+#include "fasttx.h"
+
+namespace fasttx {
+
+struct Bits8 {
+  Words w[2];  // the second is fp32's alone
+};
+
+FASTTX_DEVICE Bits8 load8(const void* data, int dtype, int64_t index) {
+  Bits8 bits;
+  if (dtype == FASTTX_F32) {
+    const float* p = static_cast<const float*>(data) + index;
+    bits.w[0] = load16(p);
+    bits.w[1] = load16(p + 4);
+  } else {
+    bits.w[0] = load16(static_cast<const uint16_t*>(data) + index);
+  }
+  return bits;
+}
+
+template <class T>
+FASTTX_DEVICE void unpack8(const Words& words, float (&v)[8]) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float2 two = T::unpack(words.w[i]);
+    v[2 * i] = two.x;
+    v[2 * i + 1] = two.y;
+  }
+}
+FASTTX_DEVICE void unpack8(const Bits8& bits, int dtype, float (&v)[8]) {
+  if (dtype == FASTTX_F32) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = __uint_as_float(bits.w[i / 4].w[i % 4]);
+  } else if (dtype == FASTTX_BF16) {
+    unpack8<bf16>(bits.w[0], v);
+  } else {
+    unpack8<f16>(bits.w[0], v);
+  }
+}
+
+template <class T>
+FASTTX_DEVICE Words pack8(const float (&v)[8]) {
+  Words words;
+#pragma unroll
+  for (int i = 0; i < 4; i++) words.w[i] = T::pack(v[2 * i], v[2 * i + 1]);
+  return words;
+}
+FASTTX_DEVICE void store8(void* data, int dtype, int64_t index, const float (&v)[8]) {
+  if (dtype == FASTTX_F32) {
+    float* p = static_cast<float*>(data) + index;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      Words words;
+#pragma unroll
+      for (int k = 0; k < 4; k++) words.w[k] = __float_as_uint(v[4 * i + k]);
+      store16(p + 4 * i, words);
+    }
+  } else if (dtype == FASTTX_BF16) {
+    store16(static_cast<uint16_t*>(data) + index, pack8<bf16>(v));
+  } else {
+    store16(static_cast<uint16_t*>(data) + index, pack8<f16>(v));
+  }
+}
+
+// One number, for what is not eight.
+FASTTX_DEVICE float load1(const void* data, int dtype, int64_t index) {
+  if (dtype == FASTTX_F32) return load(static_cast<const float*>(data) + index);
+  const uint32_t bits = load(static_cast<const uint16_t*>(data) + index);
+  return dtype == FASTTX_BF16 ? bf16::unpack(bits).x : f16::unpack(bits).x;
+}
+FASTTX_DEVICE void store1(void* data, int dtype, int64_t index, float value) {
+  if (dtype == FASTTX_F32) store(static_cast<float*>(data) + index, value);
+  else if (dtype == FASTTX_BF16) store(static_cast<uint16_t*>(data) + index, from_float<bf16>(value).bits);
+  else store(static_cast<uint16_t*>(data) + index, from_float<f16>(value).bits);
+}
+
+}  // namespace fasttx
