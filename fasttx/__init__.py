@@ -1,6 +1,7 @@
-"""fasttx: fused transformer kernels (Triton, C++ SIMD) behind PyTorch autograd, as ops and as a
-patch of existing models."""
+"""fasttx: fused transformer kernels (Triton, C++ SIMD) behind PyTorch autograd: as ops, as layers
+(fasttx.nn) and as a patch of existing models."""
 
+from . import layers as nn
 from .explain import explain
 from .integrations.hf import patch, unpatch
 from .ops import (
@@ -32,6 +33,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "log_softmax",
+    "nn",
     "patch",
     "rms_norm",
     "rope",
