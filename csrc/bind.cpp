@@ -1,8 +1,9 @@
-// fasttx._C: what the library says about itself, and the hooks of the tests.
+// fasttx._C: what the library says about itself, direct calls of its ops, hooks of the tests.
 #include <pybind11/pybind11.h>
 
 #include <string>
 
+#include "direct_call.h"
 #include "fasttx.h"
 #include "peak.h"
 
@@ -35,6 +36,12 @@ PYBIND11_MODULE(_C, m) {
       "The instruction sets this CPU can run, slowest first.");
   m.def(
       "cuda_built", [] { return false; }, "Whether the library holds CUDA kernels.");
+
+  m.def("direct", &fasttx::find_direct,
+        "An op of the library as a function of its arguments' tuple, without the dispatcher; it "
+        "returns NotImplemented where torch must see the call. None where there is no such op.",
+        py::arg("name"), py::arg("alloc"), py::arg("dtypes"), py::arg("dtype_of"),
+        py::arg("sizes"), py::arg("absent"));
 
   m.def("_peak", &fasttx::peak, "Multiply-adds in registers; the floating-point operations done.",
         py::arg("bf16"), py::arg("rounds"));

@@ -62,6 +62,32 @@ FASTTX_API const char* fasttx_status_text(int status);
 typedef void (*fasttx_run_fn)(int64_t n, void (*task)(void* context, int64_t i), void* context);
 FASTTX_API void fasttx_set_threads(fasttx_run_fn run, int (*threads)(void));
 
+// The ops once more, for a caller that holds plain CPU tensors and needs no dispatcher.
+// parameters: a letter each, T a tensor, O one that may be absent, d double, i int64_t, b bool.
+// A tensor is an AtenTensorHandle, borrowed, NULL where absent. call() makes `outputs` tensors and
+// fills them, handles that the caller owns then; with outputs == 0 it fills its first arguments. It
+// throws what is a std::exception.
+typedef union fasttx_argument {
+  void* tensor;
+  double number;
+  int64_t integer;
+} fasttx_argument;
+typedef struct fasttx_op {
+  const char* name;
+  const char* parameters;
+  int64_t outputs;
+  void (*call)(const fasttx_argument* arguments, void** outputs);
+  const struct fasttx_op* next;
+} fasttx_op;
+// NULL where no op has this name.
+FASTTX_API const fasttx_op* fasttx_find_op(const char* name);
+// The elements of a tensor that is strided, on the CPU, its data in memory; -1 for any other.
+FASTTX_API int64_t fasttx_plain_elements(void* tensor);
+// A dimension of a tensor, -1 where it has none such.
+FASTTX_API int64_t fasttx_tensor_size(void* tensor, int64_t dim);
+// Whether autograd records.
+FASTTX_API int fasttx_grad_mode(void);
+
 // Test hooks, all in the instruction set in use.
 FASTTX_API void fasttx_test_exp2(const float* x, float* y, int64_t n, int degree);
 FASTTX_API void fasttx_test_tanh(const float* x, float* y, int64_t n);

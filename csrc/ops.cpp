@@ -2,7 +2,43 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "fasttx.h"
+#include <string.h>
+
+#include "ops_direct.h"
+
+namespace fasttx {
+namespace {
+fasttx_op* first_op = nullptr;
+}
+void add_op(fasttx_op* op) {
+  op->next = first_op;
+  first_op = op;
+}
+}  // namespace fasttx
+
+const fasttx_op* fasttx_find_op(const char* name) {
+  const fasttx_op* op = fasttx::first_op;
+  while (op && strcmp(op->name, name) != 0) op = op->next;
+  return op;
+}
+
+int64_t fasttx_plain_elements(void* tensor) {
+  const auto t = static_cast<AtenTensorHandle>(tensor);
+  int32_t layout, device;
+  if (aoti_torch_get_layout(t, &layout) || layout != aoti_torch_layout_strided()) return -1;
+  if (aoti_torch_get_device_type(t, &device) || device != aoti_torch_device_type_cpu()) return -1;
+  void* data;
+  int64_t elements;
+  if (aoti_torch_get_data_ptr(t, &data) || aoti_torch_get_numel(t, &elements)) return -1;
+  return data || !elements ? elements : -1;
+}
+int64_t fasttx_tensor_size(void* tensor, int64_t dim) {
+  int64_t dims, size;
+  const auto t = static_cast<AtenTensorHandle>(tensor);
+  if (aoti_torch_get_dim(t, &dims) || dim >= dims) return -1;
+  return aoti_torch_get_size(t, dim, &size) ? -1 : size;
+}
+int fasttx_grad_mode(void) { return aoti_torch_grad_mode_is_enabled(); }
 
 namespace {
 

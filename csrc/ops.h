@@ -45,7 +45,9 @@ fasttx_tensor view(const Tensor& t) {
   }
   return v;
 }
-fasttx_tensor view(const OptionalTensor& t) { return t.has_value() ? view(*t) : fasttx_tensor{}; }
+[[maybe_unused]] fasttx_tensor view(const OptionalTensor& t) {
+  return t.has_value() ? view(*t) : fasttx_tensor{};
+}
 
 void check(int status, const char* op) {
   STD_TORCH_CHECK(status == FASTTX_OK, "fasttx ", op, ": ", fasttx_status_text(status));

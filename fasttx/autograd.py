@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 
 
 def differentiable(
@@ -74,6 +75,9 @@ def differentiable(
                 None,
                 *(g if need >> i & 1 else None for i, g in enumerate(grads)),
             )
+
+    # Function.apply without what it does for transforms, which call() has ruled out.
+    apply_first = super(torch.autograd.Function, First).apply
 
     class FirstTransformed(torch.autograd.Function):
         generate_vmap_rule = True
@@ -167,7 +171,10 @@ def differentiable(
         if torch.is_grad_enabled():
             for t in tensors:
                 if t is not None and t.requires_grad:
-                    return First.apply(rest, scalars, backend, constant, *tensors)
+                    if torch.compiler.is_compiling():
+                        return First.apply(rest, scalars, backend, constant, *tensors)
+                    alive = [t if t is None else unwrap_if_dead(t) for t in tensors]
+                    return apply_first(rest, scalars, backend, constant, *alive)
         return forward(tensors, rest, scalars, backend)
 
     return call

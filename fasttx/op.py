@@ -3,23 +3,23 @@
 One annotated `alloc` function an op direction. Its annotations are the schema; under a fake or meta
 tensor it is the fake kernel; in the real body it allocates the outputs, and the first kernel of the
 op's ordered table whose `Needs` has no reason to refuse fills them. So fake and real cannot drift,
-and every backend has one calling
-convention: `kernel(*outputs, *args)`, fill every element, return nothing.
+and every backend has one calling convention: `kernel(*outputs, *args)`, fill every element, return
+nothing.
 """
 
 import contextlib
-import functools
-import importlib
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 
 import torch
 
+from .kernel import FLOATS, Kernel, Needs
+
+__all__ = ["FLOATS", "LIB", "OPS", "Kernel", "Needs", "Op", "strict"]
+
 LIB = torch.library.Library("fasttx", "DEF")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OPS: dict[str, "Op"] = {}
 
 # A test replaces freshly allocated outputs through this, to poison and guard them.
@@ -36,85 +36,13 @@ def strict() -> bool:
     return os.environ.get("FASTTX_STRICT", "0") not in ("", "0")
 
 
-@functools.cache
-def _compute_capability(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return major * 10 + minor
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a kernel can do, as data. `refuse` gives the first reason against a call, or None.
-
-    dtypes: allowed dtypes of the argument named by `dtype_of`. sizes: {"q.3": (low, high)} bounds
-    on dimensions.
-    absent: arguments that must be None, False or 0. sm: least compute capability. env: a variable
-    that must be set to a value. by_name: never chosen unless asked for.
-    """
-
-    dtypes: tuple[torch.dtype, ...] | None = FLOATS
-    dtype_of: str = "q"
-    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    absent: tuple[str, ...] = ()
-    sm: int = 0
-    env: tuple[str, str] | None = None
-    by_name: bool = False
-
-    def refuse(self, args: tuple, at: Mapping[str, int]) -> str | None:
-        if self.dtypes is not None and (dtype := args[at[self.dtype_of]].dtype) not in self.dtypes:
-            return f"needs {' or '.join(map(_short, self.dtypes))}, got {_short(dtype)}"
-        for key, (low, high) in self.sizes.items():
-            name, _, dim = key.partition(".")
-            if not low <= (size := args[at[name]].shape[int(dim)]) <= high:
-                return f"needs {low} <= {name}.shape[{dim}] <= {high}, got {size}"
-        for name in self.absent:
-            value = args[at[name]]
-            if value is not None and (isinstance(value, torch.Tensor) or value):
-                return f"does not support {name}"
-        if self.env and os.environ.get(self.env[0]) != self.env[1]:
-            return f"needs {self.env[0]}={self.env[1]}"
-        if self.sm and (have := _compute_capability(args[0].device.index or 0)) < self.sm:
-            return f"needs compute capability {self.sm / 10}, this device has {have / 10}"
-        return None
-
-
-@dataclass
-class Kernel:
-    """One row of an op's table: `target` is "module:function" or "native:function" in libfasttx."""
-
-    backend: str
-    target: str
-    needs: Needs = Needs()
-    function: Callable | None = None
-
-    def unavailable(self) -> str | None:
-        """Resolve the target on first use; the reason it cannot be had, or None."""
-        if self.function is None:
-            module, _, name = self.target.partition(":")
-            if module == "native":
-                from . import native
-
-                if reason := native.unavailable():
-                    return reason
-                native.load()
-                self.function = getattr(torch.ops.fasttx_native, name).default
-                return None
-            try:
-                self.function = getattr(importlib.import_module(module), name)
-            except (ImportError, AttributeError) as error:
-                return f"cannot be imported: {error}"
-        return None
-
-    def refuse(self, args: tuple, at: Mapping[str, int]) -> str | None:
-        return self.needs.refuse(args, at) or (None if self.function else self.unavailable())
-
-
 class Op:
     """`torch.ops.fasttx.<name>`: schema and fake from `alloc`, body from the first fit kernel."""
 
     def __init__(self, alloc: Callable, mutates: tuple[str, ...] = ()):
-        self.name, self.alloc = alloc.__name__, alloc
+        self.name, self.alloc, self.mutates = alloc.__name__, alloc, mutates
         self.tables: dict[str, list[Kernel]] = {}
+        self.direct: dict[str | None, Callable | None] = {}
         self.backward: Op | None = None
         self.public = self.name.rpartition("_")[0] or self.name
         arguments, _, returns = torch.library.infer_schema(alloc, mutates_args=mutates).rpartition(
@@ -128,11 +56,16 @@ class Op:
         OPS[self.name] = self
 
     def __call__(self, *args, backend: str | None = None):
+        # What is known to end in the first kernel goes there without the dispatcher.
+        if not torch.compiler.is_compiling() and allocation_hook is None:
+            direct = self.direct.get(backend)
+            if direct is not None and (outputs := direct(args)) is not NotImplemented:
+                return outputs
         return self.overload(*args, backend=backend)
 
     def kernels(self, **tables: list[Kernel]) -> None:
         """The ordered tables, one a device type; the first kernel that does not refuse runs."""
-        self.tables = tables
+        self.tables, self.direct = tables, {}
 
     def backends(self) -> list[str]:
         return list(dict.fromkeys(k.backend for table in self.tables.values() for k in table))
@@ -159,6 +92,8 @@ class Op:
                 filled = allocation_hook(filled)
                 outputs = filled if isinstance(outputs, tuple) else filled[0]
             kernel.function(*filled, *args)
+        if backend not in self.direct and kernel is self.tables.get("cpu", (None,))[0]:
+            self.direct[backend] = kernel.direct(self)
         return outputs
 
     def pick(self, args: tuple, backend: str | None = None) -> Kernel:
@@ -192,7 +127,3 @@ class Op:
         if self.name not in _told:
             _told.add(self.name)
             warnings.warn(text, RuntimeWarning, stacklevel=2)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

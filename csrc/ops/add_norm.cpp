@@ -2,7 +2,7 @@
 #include "cpu/add_norm.h"
 
 #include "cpu/isa.h"
-#include "ops.h"
+#include "ops_direct.h"
 
 FASTTX_BY_ISA(int, add_norm_fwd, (const fasttx_add_norm&))
 FASTTX_BY_ISA(int, add_norm_bwd, (const fasttx_add_norm&))
@@ -66,6 +66,24 @@ fasttx_add_norm common(const Tensor& x, const Tensor& stats, FASTTX_ADD_NORM_INP
   return a;
 }
 
+std::tuple<Tensor, Tensor, Tensor> add_norm_fwd_outputs(const Tensor& x, FASTTX_ADD_NORM_INPUTS,
+                                                        double, double, bool rms, bool prenorm,
+                                                        bool wide) {
+  ScalarType dtype = x.scalar_type();
+  if (residual.has_value() && residual->scalar_type() != dtype) dtype = ScalarType::Float;
+  int64_t sizes[4];
+  const int64_t dims = x.dim();
+  STD_TORCH_CHECK(dims >= 1 && dims <= 4, "fasttx: tensors of 1 to 4 dimensions, got ", dims);
+  int64_t rows = 1;
+  for (int64_t d = 0; d < dims; d++) {
+    sizes[d] = x.size(d);
+    if (d < dims - 1) rows *= sizes[d];
+  }
+  return {empty(sizes, dims, wide ? ScalarType::Float : dtype),
+          prenorm ? empty(sizes, dims, dtype) : empty({0}, dtype),
+          empty({rms ? 1 : 2, rows}, ScalarType::Float)};
+}
+
 void add_norm_fwd_cpu(Tensor out, Tensor total, Tensor stats, Tensor x, FASTTX_ADD_NORM_INPUTS,
                       double eps, double dropout_p, bool rms, bool, bool) {
   fasttx_add_norm a = common(x, stats, residual, weight, bias, x_bias, seed, dropout_p, rms);
@@ -106,6 +124,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fasttx_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx_native, CPU, m) {
-  m.impl("add_norm_fwd_cpu", TORCH_BOX(&add_norm_fwd_cpu));
-  m.impl("add_norm_bwd_cpu", TORCH_BOX(&add_norm_bwd_cpu));
+  implement<&add_norm_fwd_cpu, &add_norm_fwd_outputs>(m, "add_norm_fwd_cpu");
+  implement<&add_norm_bwd_cpu>(m, "add_norm_bwd_cpu");
 }

@@ -1,6 +1,6 @@
 // attention as torch ops on the stable ABI.
 #include "cpu/isa.h"
-#include "ops.h"
+#include "ops_direct.h"
 
 FASTTX_BY_ISA(int, attention_fwd, (const fasttx_attention&))
 FASTTX_BY_ISA(int, attention_bwd, (const fasttx_attention&))
@@ -40,6 +40,11 @@ fasttx_attention common(const Tensor& q, const Tensor& k, const Tensor& v,
 #define FASTTX_ATTENTION_ARGUMENTS                                                              \
   mask, slopes, positions, table, lut, cu_q, cu_k, seed, scale, softcap, dropout_p, left, right, \
       lower_right, bias_shift
+
+std::tuple<Tensor, Tensor> attention_fwd_outputs(Tensor q, Tensor, Tensor v,
+                                                 FASTTX_ATTENTION_INPUTS) {
+  return {empty_heads(q, v.size(3)), empty({q.size(0), q.size(1), q.size(2)}, ScalarType::Float)};
+}
 
 void attention_fwd_cpu(Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,
                        FASTTX_ATTENTION_INPUTS) {
@@ -84,6 +89,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fasttx_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx_native, CPU, m) {
-  m.impl("attention_fwd_cpu", TORCH_BOX(&attention_fwd_cpu));
-  m.impl("attention_bwd_cpu", TORCH_BOX(&attention_bwd_cpu));
+  implement<&attention_fwd_cpu, &attention_fwd_outputs>(m, "attention_fwd_cpu");
+  implement<&attention_bwd_cpu>(m, "attention_bwd_cpu");
 }

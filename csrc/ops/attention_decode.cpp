@@ -2,12 +2,19 @@
 #include "cpu/attention_decode.h"
 
 #include "cpu/isa.h"
-#include "ops.h"
+#include "ops_direct.h"
 
 FASTTX_BY_ISA(int, attention_decode_fwd, (const fasttx_decode&))
 FASTTX_BY_ISA(int, cache_append, (const fasttx_decode&))
 
 namespace {
+
+std::tuple<Tensor> attention_decode_fwd_outputs(Tensor q, Tensor, Tensor v_cache, Tensor,
+                                                OptionalTensor, OptionalTensor, OptionalTensor,
+                                                OptionalTensor, OptionalTensor, OptionalTensor,
+                                                double, double, int64_t, int64_t) {
+  return {empty_heads(q, v_cache.size(3))};
+}
 
 void attention_decode_fwd_cpu(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths,
                               OptionalTensor start, OptionalTensor block_table,
@@ -58,6 +65,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fasttx_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx_native, CPU, m) {
-  m.impl("attention_decode_fwd_cpu", TORCH_BOX(&attention_decode_fwd_cpu));
+  implement<&attention_decode_fwd_cpu, &attention_decode_fwd_outputs>(m,
+                                                                      "attention_decode_fwd_cpu");
   m.impl("cache_append_inplace_cpu", TORCH_BOX(&cache_append_inplace_cpu));
 }

@@ -3,13 +3,13 @@ op's plain scalars."""
 
 import math
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._checks import (
     FLOATS,
+    autocasts,
     check_backend,
     check_dropout,
     has_values,
@@ -22,17 +22,6 @@ from ._position_bias import ALiBi, RelativePositionBias
 BACKENDS = ("cpu", "triton", "reference", "torch")
 _ALIGNMENTS = {False: None, True: False, "upper_left": False, "lower_right": True}
 _NOTHING = (None,) * 6
-
-
-class Call(NamedTuple):
-    """tensors (q, k, v, mask, table) in 4-D; rest (slopes, positions, lut, cu_q, cu_k, seed);
-    scalars (scale, softcap, dropout_p, left, right, lower_right, bias_shift); leading: the
-    dimensions to restore, None for 4-D input."""
-
-    tensors: tuple
-    rest: tuple
-    scalars: tuple
-    leading: tuple | None
 
 
 def checked(
@@ -49,13 +38,18 @@ def checked(
     cu_seqlens,
     seed,
     backend,
-):
-    check_backend(backend, BACKENDS)
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+) -> tuple[tuple, tuple, tuple, tuple | None]:
+    """tensors (q, k, v, mask, table) in 4-D; rest (slopes, positions, lut, cu_q, cu_k, seed);
+    scalars (scale, softcap, dropout_p, left, right, lower_right, bias_shift); leading: the
+    dimensions to restore, None for 4-D input."""
+    if backend is not None:
+        check_backend(backend, BACKENDS)
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        for name, t in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     device = query.device
-    if torch.is_autocast_enabled(device.type):
+    if autocasts(device):
         query, key, value = (_autocast(t, device.type) for t in (query, key, value))
     dtype = query.dtype
     if dtype not in FLOATS:
@@ -72,10 +66,11 @@ def checked(
         )
 
     leading = None
-    if not query.dim() == key.dim() == value.dim() == 4:
+    shapes = query.shape, key.shape, value.shape
+    if not len(shapes[0]) == len(shapes[1]) == len(shapes[2]) == 4:
         leading, query, key, value = _to_4d(query, key, value)
-    B, H, S, D = query.shape
-    Bk, G, T, Dk = key.shape
+        shapes = query.shape, key.shape, value.shape
+    (B, H, S, D), (Bk, G, T, Dk), (Bv, Gv, Tv, _) = shapes
     if D == 0:
         raise ValueError(
             f"query must have a head size of at least 1, got shape {tuple(query.shape)}"
@@ -84,13 +79,13 @@ def checked(
         raise ValueError(
             f"key must have query's head size {D}, got {Dk} in shape {tuple(key.shape)}"
         )
-    if value.shape[1] != G or value.shape[2] != T:
+    if Gv != G or Tv != T:
         raise ValueError(
             f"value must have key's {G} heads and {T} keys, got shape {tuple(value.shape)}"
         )
     if (H % G if G else H) != 0:
         raise ValueError(f"key must have a number of heads that divides query's {H}, got {G}")
-    if Bk != B or value.shape[0] != B:
+    if Bk != B or Bv != B:
         query, key, value = _broadcast_batch(query, key, value)
         B = query.shape[0]
 
@@ -102,7 +97,8 @@ def checked(
         softcap = 0.0
     elif not isinstance(softcap, (int, float)) or not 0 < softcap < math.inf:
         raise number("softcap", softcap, "a finite number above 0 or None")
-    check_dropout(dropout_p)
+    if dropout_p != 0.0:
+        check_dropout(dropout_p)
     if not isinstance(is_causal, (bool, str)) or is_causal not in _ALIGNMENTS:
         raise ValueError(
             f"is_causal must be False, True, 'upper_left' or 'lower_right', got {is_causal!r}"
@@ -147,7 +143,7 @@ def checked(
         bool(lower_right),
         bias_shift,
     )
-    return Call((query, key, value, mask, table), rest, scalars, leading)
+    return (query, key, value, mask, table), rest, scalars, leading
 
 
 def _autocast(t: Tensor, device_type: str) -> Tensor:

@@ -59,6 +59,11 @@ def seed_tensor(seed, device: torch.device, owner: str = "x") -> Tensor:
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for the device's type; asking for any type first costs least."""
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type)
+
+
 def has_values(t: Tensor) -> bool:
     """Whether reading t's values is possible and free: a real CPU tensor outside tracing and
     transforms."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..autograd import differentiable
 from ..op import Kernel, Needs, Op
-from ._attention_checks import Call, checked
+from ._attention_checks import checked
 from ._position_bias import ALiBi, RelativePositionBias
 
 __all__ = ["ALiBi", "RelativePositionBias", "attention", "attention_bwd", "attention_fwd"]
@@ -162,28 +162,28 @@ def attention(
     Sources: Dao, arXiv 2307.08691 (the algorithm); Press et al., 2108.12409 (ALiBi); Raffel et al.,
     1910.10683 (relative bias).
     """
-    call = checked(
+    tensors, rest, scalars, leading = checked(
         query, key, value, attn_mask, dropout_p, is_causal, scale,
         position_bias, window, softcap, cu_seqlens, seed, backend,
     )  # fmt: skip
     if backend == "torch":
-        return _torch(call, return_lse)
-    out, lse = _attention(*call[:3], backend, () if return_lse else (1,))
-    if call.leading is not None:
+        return _torch(tensors, rest, scalars, leading, return_lse)
+    out, lse = _attention(tensors, rest, scalars, backend, () if return_lse else (1,))
+    if leading is not None:
         out, lse = (
-            out.reshape(call.leading + out.shape[-2:]),
-            lse.reshape(call.leading + lse.shape[-1:]),
+            out.reshape(leading + out.shape[-2:]),
+            lse.reshape(leading + lse.shape[-1:]),
         )
     return (out, lse) if return_lse else out
 
 
-def _torch(call: Call, return_lse: bool) -> Tensor:
+def _torch(
+    tensors: tuple, rest: tuple, scalars: tuple, leading: tuple | None, return_lse: bool
+) -> Tensor:
     """PyTorch's own attention, with its own autograd, where it means the same."""
-    (
-        (q, k, v, mask, table),
-        (slopes, _, _, cu_q, _, _),
-        (scale, softcap, dropout_p, left, right, lower_right, _),
-    ) = call[:3]
+    q, k, v, mask, table = tensors
+    slopes, _, _, cu_q, _, _ = rest
+    scale, softcap, dropout_p, left, right, lower_right, _ = scalars
     causal = right == 0 and left < 0 and (not lower_right or q.shape[2] == k.shape[2])
     refusals = [
         name
@@ -206,4 +206,4 @@ def _torch(call: Call, return_lse: bool) -> Tensor:
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=gqa
     )
-    return out if call.leading is None else out.reshape(call.leading + out.shape[-2:])
+    return out if leading is None else out.reshape(leading + out.shape[-2:])

@@ -52,16 +52,15 @@ class Case:
 def _plain(inputs: dict, options: dict, compute: torch.dtype):
     named = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "position_bias": None, "window": None,
              "softcap": None, "cu_seqlens": None, "seed": None, **inputs, **options, "backend": None}  # fmt: skip
-    call = checked(**named)
-    q, k, v, mask, table = call.tensors
-    slopes, positions, *packed = call.rest
+    (q, k, v, mask, table), rest, scalars, leading = checked(**named)
+    slopes, positions, *packed = rest
     out, lse = attention_math(
-        q, k, v, mask, slopes, positions, table, *packed, *call.scalars, compute=compute
+        q, k, v, mask, slopes, positions, table, *packed, *scalars, compute=compute
     )
-    if call.leading is not None:
+    if leading is not None:
         out, lse = (
-            out.reshape(call.leading + out.shape[-2:]),
-            lse.reshape(call.leading + lse.shape[-1:]),
+            out.reshape(leading + out.shape[-2:]),
+            lse.reshape(leading + lse.shape[-1:]),
         )
     return out, lse
 

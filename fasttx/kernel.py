@@ -1,0 +1,113 @@
+"""A kernel: where it is found, and what it needs of a call, as data."""
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _compute_capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return major * 10 + minor
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a kernel can do, as data. `refuse` gives the first reason against a call, or None.
+
+    dtypes: allowed dtypes of the argument named by `dtype_of`. sizes: {"q.3": (low, high)} bounds
+    on dimensions.
+    absent: arguments that must be None, False or 0. sm: least compute capability. env: a variable
+    that must be set to a value. by_name: never chosen unless asked for.
+    """
+
+    dtypes: tuple[torch.dtype, ...] | None = FLOATS
+    dtype_of: str = "q"
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+    sm: int = 0
+    env: tuple[str, str] | None = None
+    by_name: bool = False
+
+    def refuse(self, args: tuple, at: Mapping[str, int]) -> str | None:
+        if self.dtypes is not None and (dtype := args[at[self.dtype_of]].dtype) not in self.dtypes:
+            return f"needs {' or '.join(map(short, self.dtypes))}, got {short(dtype)}"
+        for key, (low, high) in self.sizes.items():
+            name, dim = _dimension(key)
+            if not low <= (size := args[at[name]].shape[dim]) <= high:
+                return f"needs {low} <= {name}.shape[{dim}] <= {high}, got {size}"
+        for name in self.absent:
+            value = args[at[name]]
+            if value is not None and (isinstance(value, torch.Tensor) or value):
+                return f"does not support {name}"
+        if self.env and os.environ.get(self.env[0]) != self.env[1]:
+            return f"needs {self.env[0]}={self.env[1]}"
+        if self.sm and (have := _compute_capability(args[0].device.index or 0)) < self.sm:
+            return f"needs compute capability {self.sm / 10}, this device has {have / 10}"
+        return None
+
+
+@dataclass
+class Kernel:
+    """One row of an op's table: `target` is "module:function" or "native:function" in libfasttx."""
+
+    backend: str
+    target: str
+    needs: Needs = Needs()
+    function: Callable | None = None
+
+    def unavailable(self) -> str | None:
+        """Resolve the target on first use; the reason it cannot be had, or None."""
+        if self.function is None:
+            module, _, name = self.target.partition(":")
+            if module == "native":
+                from . import native
+
+                if reason := native.unavailable():
+                    return reason
+                native.load()
+                self.function = getattr(torch.ops.fasttx_native, name).default
+                return None
+            try:
+                self.function = getattr(importlib.import_module(module), name)
+            except (ImportError, AttributeError) as error:
+                return f"cannot be imported: {error}"
+        return None
+
+    def refuse(self, args: tuple, at: Mapping[str, int]) -> str | None:
+        return self.needs.refuse(args, at) or (None if self.function else self.unavailable())
+
+    def direct(self, op) -> Callable | None:
+        """The target as native.direct() has it; None where it is not native, or changes its
+        arguments: the dispatcher counts their versions."""
+        module, _, name = self.target.partition(":")
+        if module != "native" or op.mutates or self.needs.env or self.needs.sm:
+            return None
+        from . import native
+
+        needs, at = self.needs, op.at
+        bounds = ((_dimension(key), bound) for key, bound in needs.sizes.items())
+        return native.direct(
+            name,
+            op.alloc,
+            dtypes=needs.dtypes or (),
+            dtype_of=at[needs.dtype_of] if needs.dtypes else 0,
+            sizes=[(at[of], dim, low, high) for (of, dim), (low, high) in bounds],
+            absent=[at[each] for each in needs.absent],
+        )
+
+
+@functools.cache
+def _dimension(key: str) -> tuple[str, int]:
+    name, _, dim = key.partition(".")
+    return name, int(dim)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

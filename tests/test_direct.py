@@ -1,0 +1,223 @@
+"""Direct calls of native ops: the same answers as through the dispatcher, and only where nothing
+but the kernel has to do with the call."""
+
+import gc
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fasttx
+from fasttx import native
+from fasttx.kernel import Kernel, Needs
+from fasttx.op import OPS
+
+pytestmark = pytest.mark.skipif(
+    native.unavailable() is not None, reason="the native library is not available"
+)
+pytest.importorskip("fasttx._C", reason="fasttx._C is not built")
+
+NONE = (None,) * 8
+PLAIN = (0.25, 0.0, 0.0, -1, -1, False, 0)
+
+
+def attention_args(B=2, H=3, S=5, D=8, Dv=None, dtype=torch.float32):
+    q, k = torch.randn(2, B, H, S, D).to(dtype)
+    return q, k, torch.randn(B, H, S, D if Dv is None else Dv).to(dtype), *NONE, *PLAIN
+
+
+def norm_args(shape=(4, 24), dtypes=(torch.float32, None), rms=False, prenorm=False, wide=False):
+    x = torch.randn(shape).to(dtypes[0])
+    residual = None if dtypes[1] is None else torch.randn(shape).to(dtypes[1])
+    weight = torch.randn(shape[-1])
+    return x, residual, weight, None, None, None, 1e-5, 0.0, rms, prenorm, wide
+
+
+def decode_args(B=2, H=4, S=1, D=8, T=16):
+    q, lengths = torch.randn(B, H, S, D), torch.full((B,), T, dtype=torch.int32)
+    return q, *torch.randn(2, B, H, T, D).unbind(), lengths, *(None,) * 6, 0.5, 0.0, -1, 0
+
+
+def direct_of(name: str):
+    """The op's direct call, learnt from a call through the dispatcher."""
+    op = OPS[name]
+    op(*{"attention_fwd": attention_args, "add_norm_fwd": norm_args,
+         "attention_decode_fwd": decode_args}[name]())  # fmt: skip
+    assert op.direct[None] is not None
+    return op.direct[None]
+
+
+CALLS = [
+    ("attention_fwd", attention_args()),
+    ("attention_fwd", attention_args(B=1, H=1, S=1, D=3)),
+    ("attention_fwd", attention_args(Dv=12, dtype=torch.bfloat16)),
+    ("attention_fwd", attention_args(S=0)),
+    ("attention_fwd", attention_args(Dv=0)),
+    ("attention_fwd", attention_args(B=0)),
+    ("attention_fwd", tuple(t.transpose(1, 2) for t in attention_args()[:3]) + NONE + PLAIN),
+    ("attention_decode_fwd", decode_args()),
+    ("attention_decode_fwd", decode_args(B=1, S=3)),
+    ("attention_decode_fwd", decode_args(S=0)),
+    *(
+        ("add_norm_fwd", norm_args(shape, dtypes, rms, prenorm, wide))
+        for shape in ((24,), (3, 5), (2, 3, 7), (2, 1, 3, 4), (0, 6), (2, 0, 3, 4), (3, 0))
+        for dtypes in ((torch.float32, None), (torch.bfloat16, torch.float16))
+        for rms, prenorm, wide in ((False, False, False), (True, True, False), (False, True, True))
+    ),
+    ("add_norm_fwd", (norm_args((4, 6))[0].t().contiguous().t(), *norm_args((4, 6))[1:])),
+    ("add_norm_fwd", norm_args((3, 8), (torch.bfloat16, torch.bfloat16), prenorm=True)),
+    ("add_norm_fwd", norm_args((3, 8), (torch.bfloat16, torch.float32))),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "args"), CALLS, ids=[f"{n} {i}" for i, (n, _) in enumerate(CALLS)]
+)
+def test_the_same_as_through_the_dispatcher(name, args):
+    """Sizes, strides, dtypes and bits: what the library allocates is what `alloc` does."""
+    op, direct = OPS[name], direct_of(name)
+    got, expected = direct(args), op.overload(*args)
+    assert got is not NotImplemented
+    got, expected = ((t,) if isinstance(t, torch.Tensor) else t for t in (got, expected))
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+        assert torch.equal(a, b)
+
+
+def test_an_op_whose_outputs_alloc_makes():
+    q, k, v = (t.requires_grad_() for t in attention_args()[:3])
+    for _ in range(2):  # by the dispatcher, then directly
+        grads = torch.autograd.grad(fasttx.attention(q, k, v).square().sum(), (q, k, v))
+    bwd = OPS["attention_bwd"]
+    assert bwd.direct[None] is not None
+    bwd.direct = {}
+    again = torch.autograd.grad(fasttx.attention(q, k, v).square().sum(), (q, k, v))
+    assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class WatchingFunctions(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def changed(index: int, value) -> tuple:
+    args = list(attention_args())
+    args[index] = value(args[index]) if callable(value) else value
+    return tuple(args)
+
+
+REFUSED = {
+    "subclass": changed(1, lambda t: t.as_subclass(Subclass)),
+    "requires grad": changed(2, lambda t: t.requires_grad_()),
+    "meta": changed(0, lambda t: t.to("meta")),
+    "sparse": changed(0, lambda t: t.to_sparse()),
+    "negated view": changed(0, torch._neg_view),
+    "zero tensor": changed(0, lambda t: torch._efficientzerotensor(t.shape)),
+    "functional": changed(0, torch._to_functional_tensor),
+    "dtype": attention_args(dtype=torch.float64),
+    "head size": attention_args(D=300),
+    "not a float": changed(11, 1),
+    "not a tensor": changed(0, None),
+    "too few": attention_args()[:-1],
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    assert direct_of("attention_fwd")(REFUSED[name]) is NotImplemented
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_refused_where_torch_must_see_the_call():
+    direct, args, seen = direct_of("attention_fwd"), attention_args(), []
+
+    def look(*_):
+        seen.append(direct(args))
+        return args[0] + 1
+
+    for context in (Watching(), WatchingFunctions(), torch.profiler.profile()):
+        with context:
+            look()
+    torch.func.vmap(look)(torch.zeros(2))
+    torch.jit.trace(look, (args[0],), check_trace=False)
+    assert seen == [NotImplemented] * 5
+    assert direct(args) is not NotImplemented
+
+
+def test_the_profiler_and_modes_see_the_op():
+    x = attention_args()[:3]
+    fasttx.attention(*x)
+    with torch.profiler.profile() as profile:
+        fasttx.attention(*x)
+    assert any(e.key == "fasttx::attention_fwd" for e in profile.key_averages())
+
+
+def test_grad_mode_without_gradients_and_inference_mode():
+    direct, args = direct_of("attention_fwd"), attention_args()
+    assert not direct(args)[0].requires_grad
+    with torch.no_grad():
+        assert direct(changed(0, lambda t: t.requires_grad_())) is not NotImplemented
+    with torch.inference_mode():
+        assert direct(args)[0].is_inference()
+    parameter = changed(0, torch.nn.Parameter)
+    with torch.no_grad():
+        assert direct(parameter) is not NotImplemented
+
+
+def test_guarded_tests_and_named_backends_take_the_long_way(monkeypatch):
+    from fasttx import op as contract
+
+    direct_of("attention_fwd")
+    args, seen = attention_args(), []
+    monkeypatch.setattr(contract, "allocation_hook", lambda outputs: seen.append(1) or outputs)
+    OPS["attention_fwd"](*args)
+    assert seen == [1]
+    monkeypatch.setattr(contract, "allocation_hook", None)
+    assert OPS["attention_fwd"].direct.get("reference") is None
+    OPS["attention_fwd"](*args, backend="reference")
+    assert OPS["attention_fwd"].direct.get("reference") is None
+    OPS["attention_fwd"](*args, backend="cpu")
+    assert OPS["attention_fwd"].direct["cpu"] is not None
+
+
+def test_which_kernels_have_one():
+    op, target = OPS["attention_fwd"], "native:attention_fwd_cpu"
+    assert Kernel("cpu", target).direct(op) is not None
+    assert Kernel("cpu", target, Needs(env=("A", "1"))).direct(op) is None
+    assert Kernel("cpu", "native:no_such").direct(op) is None
+    assert Kernel("reference", "fasttx.reference.attention:attention_fwd").direct(op) is None
+    append = OPS["cache_append_inplace"]
+    assert Kernel("cpu", "native:cache_append_inplace_cpu").direct(append) is None
+    refuses = Kernel("cpu", target, Needs(absent=("mask", "softcap"))).direct(op)
+    assert refuses(attention_args()) is not NotImplemented
+    assert refuses(changed(12, 2.0)) is NotImplemented
+    assert refuses(changed(3, torch.zeros(1, 1, 5, 5))) is NotImplemented
+
+
+def test_errors_of_the_library():
+    """What the binding itself refuses is an error."""
+    with pytest.raises(RuntimeError, match="at most 4 dimensions, got 5"):
+        direct_of("attention_fwd")(changed(0, lambda t: t[None]))
+
+
+def test_no_leak():
+    direct, args = direct_of("add_norm_fwd"), norm_args((4, 24), prenorm=True)
+    for _ in range(10):
+        direct(args)
+    gc.collect()
+    before = len(gc.get_objects())
+    for _ in range(100):
+        direct(args)
+    gc.collect()
+    assert len(gc.get_objects()) < before + 50
