@@ -24,56 +24,71 @@ struct Forward {
   int64_t tokens(int64_t block) const { return min64(width, M - block * width); }
 };
 
-// Strips from .. to - 1 of the hidden layer of a block, to h as packed lanes.
+// A strip of the hidden layer, and of its gate: columns n ..., to h as packed lanes.
 template <class T>
-void hidden_strips(const Forward& p, int64_t block, const float* x, float* h, int64_t from, int64_t to) {
+void hidden_strip(const Forward& p, int64_t block, float* s, float* gate, int64_t n, int64_t rows,
+                  float* h) {
   const fasttx_ffn& a = p.a;
-  const int64_t m = block * p.width, lanes = p.tokens(block), units = units_of(p.dtype(), p.K);
+  const int64_t m = block * p.width, lanes = p.tokens(block);
   const int vecs = (int)((lanes + W - 1) / W);
   const bool pairs = units_of(p.dtype(), 2) == 1;
-  alignas(64) float s[STRIP * LANES], gate[STRIP * LANES];
-  for (int64_t n = from * STRIP; n < min64(to * STRIP, p.F); n += STRIP) {
-    const int64_t rows = min64(STRIP, p.F - n);
-    strip(p.dtype(), s, p.w1.data + n * p.w1.row, p.w1.row, rows, x, p.width, units, vecs, false);
-    add_bias<T>(s, rows, a.b1, n);
-    if (a.keep) put_transposed<T>(s, rows, lanes, a.pre, {}, m, n);
-    if (a.w_gate.data) {
-      strip(p.dtype(), gate, p.w_gate.data + n * p.w_gate.row, p.w_gate.row, rows, x, p.width, units, vecs,
-            false);
-      add_bias<T>(gate, rows, a.b_gate, n);
-      if (a.keep) put_transposed<T>(gate, rows, lanes, a.pre_gate, {}, m, n);
-    }
-    apply_activation(a.activation, s, a.w_gate.data ? gate : nullptr, rows, vecs);
-    drop_strip(p.hidden, s, rows, vecs, m, n, HIDDEN);
-    for (int64_t r = 0; r < rows; r += pairs ? 2 : 1)
-      for (int v = 0; v < vecs; v++) {
-        const vf one = load(s + r * LANES + v * W);
-        if (pairs) {
-          const vf two = r + 1 < rows ? load(s + (r + 1) * LANES + v * W) : vf{};
-          store_int(h + (n + r) / 2 * p.width + v * W, round_pair(one, two));
-        } else {
-          store(h + (n + r) * p.width + v * W, one);
-        }
+  add_bias<T>(s, rows, a.b1, n);
+  if (a.keep) put_transposed<T>(s, rows, lanes, a.pre, {}, m, n);
+  if (gate) {
+    add_bias<T>(gate, rows, a.b_gate, n);
+    if (a.keep) put_transposed<T>(gate, rows, lanes, a.pre_gate, {}, m, n);
+  }
+  apply_activation(a.activation, s, gate, rows, vecs);
+  drop_strip(p.hidden, s, rows, vecs, m, n, HIDDEN);
+  for (int64_t r = 0; r < rows; r += pairs ? 2 : 1)
+    for (int v = 0; v < vecs; v++) {
+      const vf one = load(s + r * LANES + v * W);
+      if (pairs) {
+        const vf two = r + 1 < rows ? load(s + (r + 1) * LANES + v * W) : vf{};
+        store_int(h + (n + r) / 2 * p.width + v * W, round_pair(one, two));
+      } else {
+        store(h + (n + r) * p.width + v * W, one);
       }
+    }
+}
+
+// Strips from .. to - 1 of the hidden layer of a block, of its lanes x.
+template <class T>
+void hidden_strips(const Forward& p, int64_t block, const float* x, float* h, int64_t from,
+                   int64_t to) {
+  const int64_t units = units_of(p.dtype(), p.K), step = rows_together(units);
+  const int vecs = (int)((p.tokens(block) + W - 1) / W);
+  const bool gated = p.a.w_gate.data;
+  alignas(64) float c[BLOCK_ROWS * LANES], gate[BLOCK_ROWS * LANES];
+  const int64_t end = min64(to * STRIP, p.F);
+  for (int64_t n = from * STRIP; n < end; n += step) {
+    const int64_t here = min64(step, end - n);
+    product_rows(p.dtype(), c, p.w1, n, here, x, p.width, units, vecs, false);
+    if (gated) product_rows(p.dtype(), gate, p.w_gate, n, here, x, p.width, units, vecs, false);
+    for (int64_t r = 0; r < here; r += STRIP)
+      hidden_strip<T>(p, block, c + r * LANES, gated ? gate + r * LANES : nullptr, n + r,
+                      min64(STRIP, here - r), h);
   }
 }
 
-// Strips from .. to - 1 of the output of a block.
+// Strips from .. to - 1 of the output of a block, of its hidden layer h.
 template <class T>
 void output_strips(const Forward& p, int64_t block, const float* h, int64_t from, int64_t to) {
   const fasttx_ffn& a = p.a;
   const int64_t m = block * p.width, lanes = p.tokens(block), units = units_of(p.dtype(), p.F);
+  const int64_t step = rows_together(units), end = min64(to * STRIP, p.N);
   const int vecs = (int)((lanes + W - 1) / W);
-  alignas(64) float s[STRIP * LANES];
-  for (int64_t n = from * STRIP; n < min64(to * STRIP, p.N); n += STRIP) {
-    const int64_t rows = min64(STRIP, p.N - n);
-    if (units)
-      strip(p.dtype(), s, p.w2.data + n * p.w2.row, p.w2.row, rows, h, p.width, units, vecs, false);
-    else
-      __builtin_memset(s, 0, sizeof(s));
-    add_bias<T>(s, rows, a.b2, n);
-    drop_strip(p.output, s, rows, vecs, m, n, OUTPUT);
-    put_transposed<T>(s, rows, lanes, a.out, {}, m, n);
+  alignas(64) float c[BLOCK_ROWS * LANES];
+  for (int64_t n = from * STRIP; n < end; n += step) {
+    const int64_t here = min64(step, end - n);
+    product_rows(p.dtype(), c, p.w2, n, here, h, p.width, units, vecs, false);
+    for (int64_t r = 0; r < here; r += STRIP) {
+      float* s = c + r * LANES;
+      const int64_t rows = min64(STRIP, here - r);
+      add_bias<T>(s, rows, a.b2, n + r);
+      drop_strip(p.output, s, rows, vecs, m, n + r, OUTPUT);
+      put_transposed<T>(s, rows, lanes, a.out, {}, m, n + r);
+    }
   }
 }
 

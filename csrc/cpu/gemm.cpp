@@ -74,7 +74,7 @@ FASTTX_NOINLINE void tiles(float* s, const float* a, int64_t row, int64_t rows, 
 }
 
 template <class U>
-void strip_of(float* s, const float* a, int64_t row, int64_t rows, const float* lanes, int64_t width,
+void tile_rows(float* s, const float* a, int64_t row, int64_t rows, const float* lanes, int64_t width,
               int64_t units, int vecs, bool add) {
   int v = 0;
   for (; v + TILE_VECS <= vecs; v += TILE_VECS)
@@ -123,10 +123,19 @@ Broadcast broadcast(const Operand& a, int64_t I, int64_t K, float* memory) {
   return {memory, ld};
 }
 
-void strip(int32_t dtype, float* s, const float* a, int64_t row, int64_t rows, const float* lanes,
-           int width, int64_t units, int vecs, bool add) {
-  if (pairs(dtype)) strip_of<UnitBF16>(s, a, row, rows, lanes, width, units, vecs, add);
-  else strip_of<UnitF32>(s, a, row, rows, lanes, width, units, vecs, add);
+int64_t rows_together(int64_t units) { return units > CHUNK ? BLOCK_ROWS : STRIP; }
+
+void product_rows(int32_t dtype, float* c, const Broadcast& a, int64_t i, int64_t rows,
+                  const float* lanes, int width, int64_t units, int vecs, bool add) {
+  if (units == 0 && !add) __builtin_memset(c, 0, rows * LANES * 4);
+  const int64_t chunks = (units + CHUNK - 1) / CHUNK;
+  for (int64_t n = 0; n < chunks; n++) {
+    const int64_t p = units * n / chunks, size = units * (n + 1) / chunks - p;
+    const float* from = a.data + i * a.row + p;
+    const float* to = lanes + p * width;
+    if (pairs(dtype)) tile_rows<UnitBF16>(c, from, a.row, rows, to, width, size, vecs, add || n);
+    else tile_rows<UnitF32>(c, from, a.row, rows, to, width, size, vecs, add || n);
+  }
 }
 
 int multiply(const Term* terms, int count, int64_t I, int64_t J, Epilogue epilogue, void* context) {
@@ -164,17 +173,18 @@ int multiply(const Term* terms, int count, int64_t I, int64_t J, Epilogue epilog
       pack_lane_block(terms[t].b, j, lanes, terms[t].K, width, to);
       to += padded_units(terms[t].b.dtype, terms[t].K) * width;
     }
-    alignas(64) float s[STRIP * LANES];
-    for (int64_t n = strips * part / parts; n < strips * (part + 1) / parts; n++) {
-      const int64_t i = n * STRIP, here = min64(STRIP, I - i);
-      if (K == 0) __builtin_memset(s, 0, sizeof(s));
+    alignas(64) float c[BLOCK_ROWS * LANES];
+    const int64_t end = min64(I, strips * (part + 1) / parts * STRIP), step = rows_together(lane_units);
+    for (int64_t i = strips * part / parts * STRIP; i < end; i += step) {
+      const int64_t here = min64(step, end - i);
       const float* lane_block = b;
-      for (int t = 0; t < count && K; t++) {
-        strip(terms[t].b.dtype, s, rows[t].data + i * rows[t].row, rows[t].row, here, lane_block, width,
-              units_of(terms[t].b.dtype, terms[t].K), vecs, t > 0);
+      for (int t = 0; t < count; t++) {
+        product_rows(terms[t].b.dtype, c, rows[t], i, here, lane_block, width,
+                     units_of(terms[t].b.dtype, terms[t].K), vecs, t > 0);
         lane_block += padded_units(terms[t].b.dtype, terms[t].K) * width;
       }
-      epilogue(context, s, i, here, j, lanes);
+      for (int64_t r = 0; r < here; r += STRIP)
+        epilogue(context, c + r * LANES, i + r, min64(STRIP, here - r), j, lanes);
     }
   });
   return failed ? FASTTX_NO_MEMORY : FASTTX_OK;

@@ -52,10 +52,15 @@ struct Broadcast {
 int64_t broadcast_floats(const Operand& a, int64_t I, int64_t K);
 Broadcast broadcast(const Operand& a, int64_t I, int64_t K, float* memory);
 
-// s [rows][LANES] = rows of a x a block of lanes of `width`, its first `vecs` vectors; added to s
-// where `add`. rows <= STRIP.
-void strip(int32_t dtype, float* s, const float* a, int64_t row, int64_t rows, const float* lanes,
-           int width, int64_t units, int vecs, bool add);
+// A sum of more units than CHUNK is done a chunk at a time for BLOCK_ROWS rows, so that the lanes of
+// a chunk stay in the second level cache and no chain of roundings grows long.
+constexpr int64_t CHUNK = 768, BLOCK_ROWS = W == 8 ? 240 : 256;
+// How many rows to give product_rows at a time.
+int64_t rows_together(int64_t units);
+// c [rows][LANES] = rows i ... of a x a block of lanes of `width`, its first `vecs` vectors; added to
+// c where `add`.
+void product_rows(int32_t dtype, float* c, const Broadcast& a, int64_t i, int64_t rows,
+                  const float* lanes, int width, int64_t units, int vecs, bool add);
 
 // What becomes of a strip s [rows][LANES], the results of rows i ... and lanes j ... .
 typedef void (*Epilogue)(void* context, float* s, int64_t i, int64_t rows, int64_t j, int64_t lanes);
