@@ -12,11 +12,13 @@ from .ops import (
     attention_decode,
     cache_append,
     cross_entropy,
+    embed,
     layer_norm,
     linear_cross_entropy,
     log_softmax,
     rms_norm,
     rope,
+    sinusoidal_positions,
     softmax,
 )
 
@@ -29,6 +31,7 @@ __all__ = [
     "attention_decode",
     "cache_append",
     "cross_entropy",
+    "embed",
     "explain",
     "layer_norm",
     "linear_cross_entropy",
@@ -37,6 +40,7 @@ __all__ = [
     "patch",
     "rms_norm",
     "rope",
+    "sinusoidal_positions",
     "softmax",
     "unpatch",
 ]

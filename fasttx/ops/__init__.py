@@ -5,6 +5,7 @@ from .add_norm import add_norm, layer_norm, rms_norm
 from .attention import ALiBi, RelativePositionBias, attention
 from .attention_decode import attention_decode, cache_append
 from .cross_entropy import cross_entropy
+from .embed import embed, sinusoidal_positions
 from .linear_cross_entropy import linear_cross_entropy
 from .rope import rope
 from .softmax import log_softmax, softmax
@@ -17,10 +18,12 @@ __all__ = [
     "attention_decode",
     "cache_append",
     "cross_entropy",
+    "embed",
     "layer_norm",
     "linear_cross_entropy",
     "log_softmax",
     "rms_norm",
     "rope",
+    "sinusoidal_positions",
     "softmax",
 ]
