@@ -29,15 +29,15 @@ int32_t dtype_of(const Tensor& t) {
     case ScalarType::Long:
       return FASTTX_I64;
     default:
-      STD_TORCH_CHECK(false, "fasttx: this dtype has no CPU kernel");
+      STD_TORCH_CHECK(false, "fasttx: this dtype has no native kernel");
   }
 }
 
-fasttx_tensor view(const Tensor& t) {
+[[maybe_unused]] fasttx_tensor view(const Tensor& t) {
   STD_TORCH_CHECK(t.dim() <= 4, "fasttx: tensors of at most 4 dimensions, got ", t.dim());
   fasttx_tensor v = {t.data_ptr(), dtype_of(t), {1, 1, 1, 1}, {0, 0, 0, 0}};
   // An empty tensor has no data pointer, yet is there.
-  static int64_t nothing = 0;
+  alignas(16) static int64_t nothing = 0;
   if (!v.data) v.data = &nothing;
   for (int64_t i = 0; i < t.dim(); i++) {
     v.sizes[i] = t.size(i);
@@ -49,7 +49,7 @@ fasttx_tensor view(const Tensor& t) {
   return t.has_value() ? view(*t) : fasttx_tensor{};
 }
 
-void check(int status, const char* op) {
+[[maybe_unused]] void check(int status, const char* op) {
   STD_TORCH_CHECK(status == FASTTX_OK, "fasttx ", op, ": ", fasttx_status_text(status));
 }
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HALF = FLOATS[1:]
 
 
 @functools.cache
@@ -72,7 +73,10 @@ class Kernel:
                 if reason := native.unavailable():
                     return reason
                 native.load()
-                self.function = getattr(torch.ops.fasttx_native, name).default
+                found = getattr(torch.ops.fasttx_native, name, None)
+                if found is None and name.endswith("_cuda"):
+                    return native.why_no_cuda_kernels()
+                self.function = found.default
                 return None
             try:
                 self.function = getattr(importlib.import_module(module), name)

@@ -118,6 +118,14 @@ def has_cuda_kernels() -> bool:
     return hasattr(ctypes.CDLL(str(LIBRARY)), "fasttx_cuda_device_count")
 
 
+def why_no_cuda_kernels() -> str:
+    """The reason why a library that was built has none of them."""
+    return (
+        "libfasttx was built without the CUDA C++ kernels: that needs nvcc and a torch with CUDA, "
+        "and FASTTX_CUDA not 0"
+    )
+
+
 def _load() -> str | None:
     if not LIBRARY.is_file():
         return _why_not_built()

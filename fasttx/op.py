@@ -15,9 +15,9 @@ from contextvars import ContextVar
 
 import torch
 
-from .kernel import FLOATS, Kernel, Needs
+from .kernel import FLOATS, HALF, Kernel, Needs
 
-__all__ = ["FLOATS", "LIB", "OPS", "Kernel", "Needs", "Op", "strict"]
+__all__ = ["FLOATS", "HALF", "LIB", "OPS", "Kernel", "Needs", "Op", "strict"]
 
 LIB = torch.library.Library("fasttx", "DEF")
 OPS: dict[str, "Op"] = {}

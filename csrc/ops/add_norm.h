@@ -7,7 +7,7 @@ namespace {
 
 // Rows are the leading dimensions, at most three; one stride does where they lie evenly.
 fasttx_rows rows(const Tensor& t) {
-  static int64_t nothing = 0;
+  alignas(16) static int64_t nothing = 0;
   fasttx_rows r = {t.data_ptr(), dtype_of(t), 0, 0, {0, 0, 0}, 0};
   const int64_t dims = t.dim();
   STD_TORCH_CHECK(dims >= 1 && dims <= 4, "fasttx: tensors of 1 to 4 dimensions, got ", dims);

@@ -1,8 +1,7 @@
 // rope as torch ops on the stable ABI.
-#include "cpu/rope.h"
+#include "ops/rope.h"
 
 #include "cpu/isa.h"
-#include "ops.h"
 
 FASTTX_BY_ISA(int, rope, (const fasttx_rope&))
 
@@ -11,16 +10,7 @@ namespace {
 void rotate(const Tensor& q_out, const OptionalTensor& k_out, const Tensor& q,
             const OptionalTensor& k, const Tensor& cos, const Tensor& sin, int64_t rotary,
             bool interleaved, bool adjoint) {
-  fasttx_rope a = {};
-  a.q = view(q);
-  a.k = view(k);
-  a.q_out = view(q_out);
-  a.k_out = view(k_out);
-  a.cos = view(cos);
-  a.sin = view(sin);
-  a.rotary = rotary;
-  a.interleaved = interleaved;
-  a.adjoint = adjoint;
+  const fasttx_rope a = rope_arguments(q_out, k_out, q, k, cos, sin, rotary, interleaved, adjoint);
   check(BY_ISA(rope)(a), "rope");
 }
 
@@ -42,15 +32,9 @@ void rope_inplace_cpu(Tensor q, OptionalTensor k, Tensor cos, Tensor sin, int64_
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fasttx_native, m) {
-  m.def(
-      "rope_fwd_cpu(Tensor(a!) q_out, Tensor(b!) k_out, Tensor q, Tensor? k, Tensor cos, "
-      "Tensor sin, int rotary, bool interleaved) -> ()");
-  m.def(
-      "rope_bwd_cpu(Tensor(a!) dq, Tensor(b!) dk, Tensor dq_out, Tensor? dk_out, Tensor cos, "
-      "Tensor sin, int rotary, bool interleaved) -> ()");
-  m.def(
-      "rope_inplace_cpu(Tensor(a!) q, Tensor(b!)? k, Tensor cos, Tensor sin, int rotary, "
-      "bool interleaved) -> ()");
+  m.def("rope_fwd_cpu" FASTTX_ROPE_FWD_SCHEMA);
+  m.def("rope_bwd_cpu" FASTTX_ROPE_BWD_SCHEMA);
+  m.def("rope_inplace_cpu" FASTTX_ROPE_INPLACE_SCHEMA);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx_native, CPU, m) {

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from ..autograd import differentiable
-from ..op import Kernel, Needs, Op
+from ..op import HALF, Kernel, Needs, Op
 from ._checks import FLOATS, check_backend, check_dropout, check_float, number, seed_tensor, short
 
 __all__ = ["add_norm", "add_norm_bwd", "add_norm_fwd", "layer_norm", "rms_norm"]
 
+BACKENDS = ("cpu", "cuda", "triton", "reference")
 _KINDS = {"layer": False, "rms": True}
 _KINDRED = {True: {torch.float64}, False: FLOATS - {torch.float64}}
 
@@ -78,7 +79,11 @@ for _op in (add_norm_fwd, add_norm_bwd):
             ),
             _reference,
         ],
-        cuda=[Kernel("triton", _triton, Needs(dtype_of="x", sm=80)), _reference],
+        cuda=[
+            Kernel("triton", _triton, Needs(dtype_of="x", sm=80)),
+            Kernel("cuda", f"native:{_op.name}_cuda", Needs(HALF, dtype_of="x", sm=80)),
+            _reference,
+        ],
     )
 
 
@@ -138,7 +143,7 @@ def add_norm(
         prenorm: also return the sum that is normalized.
         seed: the key of the dropout bits, an int or an int64 tensor of one element; None draws it
             from torch's generator.
-        backend: None chooses; "cpu", "triton" or "reference" runs that or raises with every
+        backend: None chooses; "cpu", "cuda", "triton" or "reference" runs that or raises with every
             kernel's reason.
 
     Returns:
@@ -195,7 +200,7 @@ def rms_norm(
 
 def _norm(x, residual, weight, bias, x_bias, dropout_p, eps, rms, prenorm, seed, backend):
     if backend is not None:
-        check_backend(backend)
+        check_backend(backend, BACKENDS)
     if not isinstance(x, Tensor) or x.dtype not in FLOATS:
         check_float("x", x)
     shape, device = x.shape, x.device

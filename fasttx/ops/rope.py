@@ -19,10 +19,11 @@ import functools
 import torch
 from torch import Tensor
 
-from ..op import Kernel, Needs, Op
+from ..op import HALF, Kernel, Needs, Op
 from ._checks import FLOATS, check_backend, check_float, short
 
 __all__ = ["rope", "rope_bwd", "rope_fwd", "rope_inplace"]
+BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 
 def _like(q: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -66,7 +67,11 @@ for _op in (rope_fwd, rope_bwd, rope_inplace):
             ),
             _reference,
         ],
-        cuda=[Kernel("triton", _triton, Needs(dtype_of=_of, sm=80)), _reference],
+        cuda=[
+            Kernel("triton", _triton, Needs(dtype_of=_of, sm=80)),
+            Kernel("cuda", f"native:{_op.name}_cuda", Needs(HALF, dtype_of=_of, sm=80)),
+            _reference,
+        ],
     )
 
 
@@ -171,7 +176,7 @@ def rope(
             for every element. Right under autograd: neither is needed for the backward, and what
             was saved elsewhere from the old values raises there.
         rotary_dim: R; None is the width of cos and sin. D - R columns pass through.
-        backend: None chooses; "cpu", "triton" or "reference" runs that or raises with every
+        backend: None chooses; "cpu", "cuda", "triton" or "reference" runs that or raises with every
             kernel's reason.
 
     Returns:
@@ -185,7 +190,7 @@ def rope(
 
     Source: Su et al., arXiv 2104.09864; the interleaved form is the paper's.
     """
-    check_backend(backend)
+    check_backend(backend, BACKENDS)
     angles, rotary = _checked(q, k, cos, sin, rotary_dim)
     scalars = (rotary, bool(interleaved))
     if not inplace:

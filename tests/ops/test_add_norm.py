@@ -404,7 +404,7 @@ BAD = {
     "seed type": (ValueError, "seed must be a 64-bit int.*got 'x'", {"seed": "x", "dropout_p": 0.1}),
     "seed tensor": (ValueError, r"seed must be an int64 tensor of one element, got float32 \(2,\)", {"seed": torch.zeros(2), "dropout_p": 0.1}),
     "seed device": (ValueError, "seed must be on x's device cpu, got meta", {"seed": torch.zeros(1, dtype=torch.int64, device="meta"), "dropout_p": 0.1}),
-    "backend": (ValueError, "backend must be None or one of cpu, triton, reference, got 'cudnn'", {"backend": "cudnn"}),
+    "backend": (ValueError, "backend must be None or one of cpu, cuda, triton, reference, got 'cudnn'", {"backend": "cudnn"}),
 }  # fmt: skip
 
 

@@ -430,7 +430,7 @@ BAD = {
     "one tensor": (ValueError, "inplace needs q and k of their own, got one tensor for both", {"k": Q, "inplace": True}),
     "expanded": (ValueError, r"inplace needs k with memory of its own for every element, got shape \(2, 2, 5, 8\) with strides \(0, ", {"k": K[:1].expand(2, -1, -1, -1), "inplace": True}),
     "leaf": (ValueError, "inplace cannot overwrite q, a leaf that requires grad", {"q": LEAF, "inplace": True}),
-    "backend": (ValueError, "backend must be None or one of cpu, triton, reference, got 'torch'", {"backend": "torch"}),
+    "backend": (ValueError, "backend must be None or one of cpu, cuda, triton, reference, got 'torch'", {"backend": "torch"}),
 }  # fmt: skip
 
 
