@@ -56,6 +56,64 @@ ATTENTION = {
 }
 FAMILIES = (*BERT_LIKE, "gpt2", "bart", "t5", "bloom")
 
+# Those of them whose layers are BERT's too: LayerNorm after the residual, no adapters.
+BERT_POST_NORM = tuple(
+    where
+    for family, where in BERT_LIKE.items()
+    if family not in ("roberta-prelayernorm", "xlm-roberta-xl", "xmod")
+)
+
+
+class Head(NamedTuple):
+    """A language-model head: the Linear that gives the logits; the class of its output; what comes
+    before the Linear (a submodule, or "roberta" for the dense, gelu and norm of its lm_head); the
+    buffer that is added to the logits instead of a bias; whether labels are shifted; whether they
+    switch the cache off."""
+
+    projection: str
+    output: str
+    transform: str | None = None
+    bias: str | None = None
+    causal: bool = False
+    stops_cache: bool = False
+
+
+_CROSS = "CausalLMOutputWithCrossAttentions"
+_BERT = ("cls.predictions.decoder", "cls.predictions.transform")
+HEADS = {
+    "bert.modeling_bert.BertForMaskedLM": Head(_BERT[0], "MaskedLMOutput", _BERT[1]),
+    "bert.modeling_bert.BertLMHeadModel": Head(
+        _BERT[0], _CROSS, _BERT[1], causal=True, stops_cache=True
+    ),
+    "roberta.modeling_roberta.RobertaForMaskedLM": Head(
+        "lm_head.decoder", "MaskedLMOutput", "roberta"
+    ),
+    "roberta.modeling_roberta.RobertaForCausalLM": Head(
+        "lm_head.decoder", _CROSS, "roberta", causal=True, stops_cache=True
+    ),
+    "gpt2.modeling_gpt2.GPT2LMHeadModel": Head("lm_head", _CROSS, causal=True),
+    "bloom.modeling_bloom.BloomForCausalLM": Head("lm_head", _CROSS, causal=True),
+    "t5.modeling_t5.T5ForConditionalGeneration": Head("lm_head", "Seq2SeqLMOutput"),
+    "bart.modeling_bart.BartForConditionalGeneration": Head(
+        "lm_head", "Seq2SeqLMOutput", bias="final_logits_bias", stops_cache=True
+    ),
+}
+LOGITS = "_fasttx_logits"  # in the __dict__ of such a model: logits in training too
+
+# Other classes that patch replaces, in models of FAMILIES: the module here that holds the subclass.
+CLASSES = {
+    **{
+        f"{module}.{prefix}{kind}": "hf_bert"
+        for module, prefix in BERT_POST_NORM
+        for kind in ("SelfOutput", "Output")
+    },
+    "bart.modeling_bart.BartEncoderLayer": "hf_bart",
+    "bart.modeling_bart.BartDecoderLayer": "hf_bart",
+    "t5.modeling_t5.T5LayerNorm": "hf_t5",
+    "torch.nn.modules.normalization.LayerNorm": "hf_fused",
+    **dict.fromkeys(HEADS, "hf_heads"),
+}
+
 CROSS_ATTENTION = frozenset(name for name in ATTENTION if name.endswith("CrossAttention"))
 # Model types that hand hf_attention's five-dimensional mask over untouched.
 CAUSAL_PADDING = frozenset(FAMILIES)

@@ -3,9 +3,10 @@
 from torch import Tensor, nn
 from transformers.models.t5 import modeling_t5
 
+from ..ops.add_norm import rms_norm
 from ..ops.attention import RelativePositionBias
-from .hf_classes import is_plain
 from .hf_families import NAME
+from .hf_fused import is_plain, rms_normed
 
 
 class T5Attention(modeling_t5.T5Attention):
@@ -43,3 +44,8 @@ class T5Attention(modeling_t5.T5Attention):
         return super().forward(
             hidden_states, mask, key_value_states, position_bias, past_key_values, **kwargs
         )
+
+
+class T5LayerNorm(modeling_t5.T5LayerNorm):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return rms_normed(hidden_states, self.weight, self.variance_epsilon, rms_norm)

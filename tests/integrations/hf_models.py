@@ -65,7 +65,11 @@ def t5(cls: str = "T5ForConditionalGeneration", attn: str = "sdpa", **options):
     of two correct gradients was 0.7 to 3.0 over 10 seeds (0.96 to 1.13 with gated-gelu)."""
     known = {
         "feed_forward_proj": "gated-gelu",
-        **{"d_model": 36, "d_kv": 7, "num_heads": 5, "d_ff": 52, "num_layers": 2},
+        "d_model": 36,
+        "d_kv": 7,
+        "num_heads": 5,
+        "d_ff": 52,
+        "num_layers": 2,
         "relative_attention_num_buckets": 8,
         "relative_attention_max_distance": 10,
         "decoder_start_token_id": 0,
@@ -75,9 +79,16 @@ def t5(cls: str = "T5ForConditionalGeneration", attn: str = "sdpa", **options):
 
 def bart(cls: str = "BartForConditionalGeneration", attn: str = "sdpa", **options):
     known = {
-        **{"d_model": 35, "encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": 48},
-        **{"encoder_attention_heads": 5, "decoder_attention_heads": 7, "init_std": 0.1},
-        **{"encoder_ffn_dim": 52, "decoder_ffn_dim": 44, "decoder_start_token_id": 1},
+        "d_model": 35,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "max_position_embeddings": 48,
+        "encoder_attention_heads": 5,
+        "decoder_attention_heads": 7,
+        "init_std": 0.1,
+        "encoder_ffn_dim": 52,
+        "decoder_ffn_dim": 44,
+        "decoder_start_token_id": 1,
         "forced_eos_token_id": None,
     }
     names = "dropout attention_dropout activation_dropout"

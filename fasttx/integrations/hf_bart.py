@@ -1,0 +1,55 @@
+"""BART's modules as `patch` runs them: subclasses of transformers' own, of the same names."""
+
+import torch
+from torch import Tensor, nn
+from transformers.models.bart import modeling_bart
+
+from .hf_fused import residual_norm
+
+
+class _Layer:
+    def _residual(self, norm: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+        return residual_norm(norm, x, residual, self.dropout if self.training else 0.0)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        hidden = self.activation_fn(self.fc1(x))
+        hidden = nn.functional.dropout(hidden, p=self.activation_dropout, training=self.training)
+        return self.fc2(hidden)
+
+
+class BartEncoderLayer(_Layer, modeling_bart.BartEncoderLayer):
+    def forward(self, hidden_states, attention_mask, **kwargs):
+        x, _ = self.self_attn(hidden_states, attention_mask=attention_mask, **kwargs)
+        x = self._residual(self.self_attn_layer_norm, x, hidden_states)
+        x = self._residual(self.final_layer_norm, self._feed_forward(x), x)
+        if x.dtype == torch.float16 and not torch.isfinite(x).all():
+            most = torch.finfo(x.dtype).max - 1000
+            x = torch.clamp(x, min=-most, max=most)
+        return x
+
+
+class BartDecoderLayer(_Layer, modeling_bart.BartDecoderLayer):
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        past_key_values=None,
+        use_cache=True,
+        **kwargs,
+    ):
+        x, _ = self.self_attn(
+            hidden_states, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
+        )
+        x = self._residual(self.self_attn_layer_norm, x, hidden_states)
+        if encoder_hidden_states is not None:
+            crossed, _ = self.encoder_attn(
+                x,
+                key_value_states=encoder_hidden_states,
+                attention_mask=encoder_attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            x = self._residual(self.encoder_attn_layer_norm, crossed, x)
+        return self._residual(self.final_layer_norm, self._feed_forward(x), x)
