@@ -4,9 +4,13 @@ The drop-ins have the constructors, parameter names, state_dict, masks and error
 classes, which they inherit from."""
 
 from .attention import MultiheadAttention
+from .block_attention import Attention, CrossAttention
+from .blocks import DecoderLayer, EncoderLayer, Stack
+from .cache import KVCache
 from .feed_forward import FeedForward, Linear
 from .loss import CrossEntropyLoss
 from .norm import LayerNorm, RMSNorm
+from .positions import ALiBiBias, RelativeBias, Rotary
 from .softmax import LogSoftmax, Softmax
 from .transformer import (
     Transformer,
@@ -17,14 +21,23 @@ from .transformer import (
 )
 
 __all__ = [
+    "ALiBiBias",
+    "Attention",
+    "CrossAttention",
     "CrossEntropyLoss",
+    "DecoderLayer",
+    "EncoderLayer",
     "FeedForward",
+    "KVCache",
     "LayerNorm",
     "Linear",
     "LogSoftmax",
     "MultiheadAttention",
     "RMSNorm",
+    "RelativeBias",
+    "Rotary",
     "Softmax",
+    "Stack",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",

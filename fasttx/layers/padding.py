@@ -33,6 +33,11 @@ class Packing:
             or torch.jit.is_tracing()
         )
 
+    @staticmethod
+    def contiguous(visible: Tensor) -> bool:
+        """Whether each sequence is one run of tokens, so that distances stay what they were."""
+        return bool(((visible[:, 1:] & ~visible[:, :-1]).sum(1) + visible[:, 0] <= 1).all())
+
     def pays(self) -> bool:
         B, S = self.shape
         return len(self.index) <= (1 - _WORTH) * B * S
