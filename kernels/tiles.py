@@ -58,7 +58,7 @@ _TILES_16 = {
     "fwd": {
         "sm80": {
             64: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)),
-            128: ((64, 64, 8, 2),),
+            128: ((128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
             256: ((64, 64, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1)),
         },
         "sm90": {
@@ -123,9 +123,9 @@ _TILES_16 = {
     },
     "columns": {
         "sm80": {
-            64: ((32, 64, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2)),
+            64: ((32, 64, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2)),
             128: ((64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
-            256: ((32, 32, 8, 2), (16, 32, 8, 1), (16, 32, 8, 1)),
+            256: ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
         },
         "sm90": {
             64: ((64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
@@ -147,7 +147,7 @@ _TILES_16 = {
         "sm80": {
             64: ((64, 32, 8, 1),),
             128: ((64, 32, 8, 1),),
-            256: ((32, 32, 8, 1),),
+            256: ((32, 16, 8, 1),),
         },
         "sm90": {
             64: ((64, 64, 8, 1),),
@@ -193,6 +193,24 @@ _TILES_32 = {
         64: ((16, 16, 4, 1),),
         128: ((16, 16, 8, 1),),
         256: ((16, 16, 8, 1),),
+    },
+}
+
+# Where such a tile spills on one architecture: (kernel, head width, level) -> the tile there. Two
+# levels more: "none" is light without any feature, "table" is heavy without pairs and softcap.
+_TILES_32_ON = {
+    "sm80": {
+        ("rows", 128, "none"): (32, 16, 8, 1),
+        ("rows", 128, "light"): (32, 16, 8, 1),
+        ("rows", 256, "none"): (32, 16, 8, 1),
+        ("rows", 256, "light"): (32, 16, 8, 1),
+        ("rows_table", 128, "table"): (32, 32, 8, 1),
+        ("columns", 64, "heavy"): (16, 32, 8, 1),
+        ("columns", 256, "none"): (64, 16, 8, 1),
+        ("mask", 256, "heavy"): (32, 16, 8, 1),
+    },
+    "sm90": {
+        ("columns", 256, "table"): (16, 16, 16, 1),
     },
 }
 
@@ -258,12 +276,17 @@ def trial(key: str, tile: Tile):
         pick_tile.cache_clear()
 
 
-def _compiled(kernel: str, arch: str, itemsize: int, width: int, level: str) -> tuple:
-    if itemsize == 4:
-        tiles = _TILES_32[kernel][width]
-    else:
-        tiles = _TILES_16[kernel][_LIKE.get(arch, "sm80")][width]
-    return tiles[min(("light", "dropout", "heavy").index(level), len(tiles) - 1)]
+def _compiled(kernel: str, arch: str, itemsize: int, width: int, features: frozenset) -> tuple:
+    like, load = _LIKE.get(arch, "sm80"), level(features)
+    tiles = _TILES_32[kernel][width] if itemsize == 4 else _TILES_16[kernel][like][width]
+    chosen = tiles[min(("light", "dropout", "heavy").index(load), len(tiles) - 1)]
+    if itemsize != 4:
+        return chosen
+    if not features:
+        load = "none"
+    elif "table" in features and not features & {"pairs", "softcap"}:
+        load = "table"
+    return _TILES_32_ON.get(like, {}).get((kernel, width, load), chosen)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -289,7 +312,7 @@ def pick_tile(
     elif key in (measured := tuned().get(arch, {})):
         tile = Tile(*measured[key]["tile"])
     else:
-        tile = Tile(*_compiled(kernel, arch, itemsize, max(64, width), level(features)))
+        tile = Tile(*_compiled(kernel, arch, itemsize, max(64, width), features))
     if kernel == "rows_table":
         side = min(tile.block_m, tile.block_n)
         tile = replace(tile, block_m=side, block_n=side)
