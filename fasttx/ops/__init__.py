@@ -4,6 +4,7 @@ autograd, the public function."""
 from .add_norm import add_norm, layer_norm, rms_norm
 from .attention import ALiBi, RelativePositionBias, attention
 from .attention_decode import attention_decode, cache_append
+from .attention_map import attention_map
 from .cross_entropy import cross_entropy
 from .embed import embed, sinusoidal_positions
 from .linear_cross_entropy import linear_cross_entropy
@@ -16,6 +17,7 @@ __all__ = [
     "add_norm",
     "attention",
     "attention_decode",
+    "attention_map",
     "cache_append",
     "cross_entropy",
     "embed",

@@ -99,6 +99,21 @@ def _head(V=523, rows=40, width=96):
     return make
 
 
+def _mapped(q, k, v):
+    """The whole map, of which averages over 2 x 2 cells are the averages."""
+    with torch.no_grad():
+        _, lse = fasttx.attention(q, k, v, is_causal=True, return_lse=True)
+        p = fasttx.attention_map(q, k, lse, is_causal=True)
+        cells = fasttx.attention_map(q, k, lse, pool=q.shape[2] // 2, is_causal=True)
+        torch.testing.assert_close(cells, F.avg_pool2d(p, 2), rtol=1e-4, atol=1e-7)
+        return p.to(q.dtype)
+
+
+def _full_map(q, k, v):
+    every_key = torch.eye(k.shape[2]).to(k).expand(2, 2, -1, -1)
+    return _sdpa(q, k, every_key, is_causal=True)
+
+
 def _scores(device, dtype, scale):
     return {"x": _normal(device, dtype, 3, 24 * scale, 70 * scale)}
 
@@ -219,6 +234,12 @@ CALLS = {
         lambda q, k, cos, sin: torch.cat(fasttx.rope(q * 1, k * 1, cos, sin, inplace=True), 1),
         lambda q, k, cos, sin: _turned(torch.cat((q, k), 1), cos, sin),
         ("q", "k"),
+    ),
+    "attention_map": Call(
+        _qkv(),
+        _mapped,
+        _full_map,
+        (),
     ),
     "softmax": Call(
         _with(_scores, mask=lambda x: torch.randn_like(x[:1, 0])),
