@@ -7,6 +7,12 @@ from .attention import MultiheadAttention
 from .block_attention import Attention, CrossAttention
 from .blocks import DecoderLayer, EncoderLayer, Stack
 from .cache import KVCache
+from .embedding import (
+    Embedding,
+    LearnedPositions,
+    SinusoidalPositions,
+    TransformerEmbedding,
+)
 from .feed_forward import FeedForward, Linear
 from .loss import CrossEntropyLoss
 from .norm import LayerNorm, RMSNorm
@@ -26,21 +32,25 @@ __all__ = [
     "CrossAttention",
     "CrossEntropyLoss",
     "DecoderLayer",
+    "Embedding",
     "EncoderLayer",
     "FeedForward",
     "KVCache",
     "LayerNorm",
+    "LearnedPositions",
     "Linear",
     "LogSoftmax",
     "MultiheadAttention",
     "RMSNorm",
     "RelativeBias",
     "Rotary",
+    "SinusoidalPositions",
     "Softmax",
     "Stack",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",
+    "TransformerEmbedding",
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]
