@@ -25,11 +25,11 @@ def patch(model: nn.Module, *, strict: bool = False, logits: bool = False) -> Pa
     """Make a Hugging Face model run fasttx's kernels, in inference and training.
 
     model: a transformers model, or a module that contains some; BERT and RoBERTa with the families
-    that share their attention, GPT-2, BART, T5 and BLOOM (hf_families.py). Patching again changes
-    nothing. With strict=True a model with a module that cannot be replaced, or with no attention at
-    all, is left alone and NotImplementedError lists the reasons. A language model that is given
-    labels in training returns the loss and no logits (None), which saves their memory and time;
-    with logits=True, and always in evaluation, it returns both.
+    that share their attention, GPT-2, BART, T5, BLOOM and Llama (hf_families.py). Patching again
+    changes nothing. With strict=True a model with a module that cannot be replaced, or with no
+    attention at all, is left alone and NotImplementedError lists the reasons. A language model that
+    is given labels in training returns the loss and no logits (None), which saves their memory and
+    time; with logits=True, and always in evaluation, it returns both.
 
     Returns the report of what was replaced, what was not, and why. Raises TypeError for anything
     that is not such a module.

@@ -9,6 +9,7 @@ from transformers.models.bloom import modeling_bloom
 
 from ..ops.attention import ALiBi, attention
 from .hf_attention import additive_mask, alignment
+from .hf_fused import dropout_p
 
 
 class BloomAttention(modeling_bloom.BloomAttention):
@@ -29,7 +30,9 @@ class BloomAttention(modeling_bloom.BloomAttention):
         **kwargs,
     ):
         given = attention_mask is not None and attention_mask.is_floating_point()
-        if given or output_attentions or (self.pretraining_tp > 1 and self.slow_but_exact):
+        dropped = dropout_p(self.attention_dropout)
+        sliced = self.pretraining_tp > 1 and self.slow_but_exact
+        if given or output_attentions or sliced or dropped is None:
             if not given:
                 causal = alignment(self, hidden_states.shape[1], attention_mask)
                 S, T = hidden_states.shape[1], alibi.shape[-1]
@@ -55,7 +58,7 @@ class BloomAttention(modeling_bloom.BloomAttention):
             key,
             value,
             attention_mask[:, 0] if _is_causal_padding(attention_mask) else attention_mask,
-            self.attention_dropout.p if self.training else 0.0,
+            dropped,
             alignment(self, query.shape[2], attention_mask),
             scale=self.inv_norm_factor,
             position_bias=ALiBi(_slopes(self.num_heads, query.device), _positions(attention_mask)),

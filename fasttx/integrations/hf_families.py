@@ -53,8 +53,9 @@ ATTENTION = {
     "bart.modeling_bart.BartAttention": Attention("head_dim"),
     "t5.modeling_t5.T5Attention": Attention("key_value_proj_dim", "hf_t5"),
     "bloom.modeling_bloom.BloomAttention": Attention("head_dim", "hf_bloom", PATCHED),
+    "llama.modeling_llama.LlamaAttention": Attention("head_dim", "hf_llama"),
 }
-FAMILIES = (*BERT_LIKE, "gpt2", "bart", "t5", "bloom")
+FAMILIES = (*BERT_LIKE, "gpt2", "bart", "t5", "bloom", "llama")
 
 # Those of them whose layers are BERT's too: LayerNorm after the residual, no adapters.
 BERT_POST_NORM = tuple(
@@ -97,6 +98,7 @@ HEADS = {
     "bart.modeling_bart.BartForConditionalGeneration": Head(
         "lm_head", "Seq2SeqLMOutput", bias="final_logits_bias", stops_cache=True
     ),
+    "llama.modeling_llama.LlamaForCausalLM": Head("lm_head", "CausalLMOutputWithPast", causal=True),
 }
 LOGITS = "_fasttx_logits"  # in the __dict__ of such a model: logits in training too
 
@@ -110,6 +112,7 @@ CLASSES = {
     "bart.modeling_bart.BartEncoderLayer": "hf_bart",
     "bart.modeling_bart.BartDecoderLayer": "hf_bart",
     "t5.modeling_t5.T5LayerNorm": "hf_t5",
+    "llama.modeling_llama.LlamaRMSNorm": "hf_llama",
     "torch.nn.modules.normalization.LayerNorm": "hf_fused",
     **dict.fromkeys(HEADS, "hf_heads"),
 }

@@ -14,7 +14,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 from transformers import modeling_outputs
-from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..ops.cross_entropy import cross_entropy
 from ..ops.linear_cross_entropy import linear_cross_entropy
@@ -24,13 +24,15 @@ from .hf_fused import has_hooks, is_plain
 
 def _make(base: type, head: Head) -> type:
     names = list(inspect.signature(base.forward).parameters)[1:]
+    output = getattr(modeling_outputs, head.output)
+    rest = [f.name for f in fields(output) if f.name not in ("loss", "logits")]
 
     @functools.wraps(base.forward)
     def forward(self, *args, **kwargs):
         if args:
             kwargs.update(zip(names, args, strict=False))
         given = kwargs.get("labels")
-        if given is None or (head.causal and self.loss_function is not ForCausalLMLoss):
+        if given is None or (head.causal and not _is_causal_loss(self)):
             return base.forward(self, **kwargs)
         labels = kwargs.pop("labels")
         as_dict = kwargs.pop("return_dict", None)
@@ -56,12 +58,17 @@ def _make(base: type, head: Head) -> type:
         else:
             bias = projection.bias if head.bias is None else getattr(self, head.bias).flatten()
             loss = _loss(head, kwargs, labels, x=hidden, weight=projection.weight, bias=bias)
-            cls = getattr(modeling_outputs, head.output)
-            rest = [f.name for f in fields(cls) if f.name not in ("loss", "logits")]
-            out = cls(loss=loss, **{name: getattr(out, name, None) for name in rest})
+            out = output(loss=loss, **{name: getattr(out, name, None) for name in rest})
         return out if as_dict else out.to_tuple()
 
     return type(base.__name__, (base,), {"__module__": __name__, "forward": forward})
+
+
+def _is_causal_loss(model: nn.Module) -> bool:
+    """model.loss_function, without its message about a loss_type that is not set."""
+    if (own := vars(model).get("_loss_function")) is not None:
+        return own is ForCausalLMLoss
+    return LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss) is ForCausalLMLoss
 
 
 def _bare(model: nn.Module, path: str) -> bool:

@@ -77,6 +77,20 @@ def t5(cls: str = "T5ForConditionalGeneration", attn: str = "sdpa", **options):
     return _small(cls, "T5Config", attn, known, "dropout_rate", options)
 
 
+def llama(cls: str = "LlamaForCausalLM", attn: str = "sdpa", **options):
+    """A random Llama of 6 query heads over 2 key heads."""
+    known = {
+        "hidden_size": 48,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "intermediate_size": 52,
+        "max_position_embeddings": 48,
+        "initializer_range": 0.1,
+    }
+    return _small(cls, "LlamaConfig", attn, known, "attention_dropout", options)
+
+
 def bart(cls: str = "BartForConditionalGeneration", attn: str = "sdpa", **options):
     known = {
         "d_model": 35,
@@ -107,7 +121,7 @@ def _small(cls, config_cls, attn, known, dropouts, options):
 
 MODELS = {"bert": bert, "roberta": roberta}
 CAUSAL = {"bert": "BertLMHeadModel", "roberta": "RobertaForCausalLM"}
-FAMILIES = {"gpt2": gpt2, "bart": bart, "t5": t5, "bloom": bloom}
+FAMILIES = {"gpt2": gpt2, "bart": bart, "t5": t5, "bloom": bloom, "llama": llama}
 SEQ2SEQ = ("bart", "t5")
 
 

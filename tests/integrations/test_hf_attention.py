@@ -111,7 +111,7 @@ def test_other_patterns_become_dense(case):
     elif case == "static cache":
         call |= {"kv_length": 10, "q_offset": torch.tensor(2)}
     elif case == "unknown model":
-        call |= {"config": transformers.LlamaConfig()}
+        call |= {"config": transformers.MistralConfig()}
     else:
         call |= {"kv_offset": 2, "attention_mask": padding("left", 8), "q_offset": 2}
     ours = attention_mask(**call)

@@ -1,4 +1,4 @@
-"""GPT-2, BART, T5 and BLOOM, patched, against transformers' own and fp64, over their options."""
+"""GPT-2, BART, T5, BLOOM and Llama, patched, against transformers and fp64, over their options."""
 
 import warnings
 
@@ -69,6 +69,11 @@ OPTIONS = {
         {"n_head": 7, "apply_residual_connection_post_layernorm": True},
         {"hidden_size": 33, "n_head": 1, "tie_word_embeddings": False},
         {"hidden_size": 68, "n_head": 17, "n_layer": 1},
+    ],
+    "llama": [
+        {"num_attention_heads": 3, "num_key_value_heads": 1, "attention_bias": True},
+        {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 6, "mlp_bias": True},
+        {"tie_word_embeddings": True, "hidden_act": "gelu"},
     ],
 }
 CASES = [(kind, options) for kind, several in OPTIONS.items() for options in several]
@@ -178,9 +183,9 @@ def test_output_attentions(kind):
     torch.testing.assert_close(plain.logits[seen], theirs.logits[seen], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bart"])
+@pytest.mark.parametrize("kind", ["gpt2", "bart", "llama"])
 def test_by_name(kind):
-    """attn_implementation="fasttx" alone serves these two, without a word."""
+    """attn_implementation="fasttx" alone serves these, without a word."""
     given = family_batch(kind, "left")
     theirs = FAMILIES[kind]()
     with torch.no_grad(), warnings.catch_warnings():

@@ -32,7 +32,7 @@ HEADS = {
     "roberta causal": lambda **o: MODELS["roberta"]("RobertaForCausalLM", is_decoder=True, **o),
     **FAMILIES,
 }
-CAUSAL = ("bert causal", "roberta causal", "gpt2", "bloom")
+CAUSAL = ("bert causal", "roberta causal", "gpt2", "bloom", "llama")
 
 
 @pytest.fixture(autouse=True)
