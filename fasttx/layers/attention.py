@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.attention import attention
+from ..ops.attention_map import attention_map
 from ._fit import MAX_HEAD_SIZE, fit, fit_autocast
 from .feed_forward import project
 
@@ -20,6 +21,10 @@ class MultiheadAttention(nn.MultiheadAttention):
     sees no key gets 0 before the output projection, where torch may give NaN. Dropout draws its
     seed from torch's generator; its bits are fasttx's. What no kernel runs (float64, nested
     tensors, heads above 256, dropout of 1) runs on torch.
+
+    need_weights (torch's default) gives the probabilities, from the log-sum-exp of the fused op;
+    where they carry gradients or dropout, torch's formula runs, in its S x T memory:
+    need_weights=False is the fast way to train.
     """
 
     def forward(
@@ -34,7 +39,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         masks = (key_padding_mask, attn_mask, is_causal)
-        if need_weights or not self._fits(query, key, value, *masks):
+        weighs = need_weights and self._differentiates(
+            query, key, value, attn_mask, key_padding_mask
+        )
+        if weighs or not self._fits(query, key, value, *masks):
             return super().forward(
                 query,
                 key,
@@ -55,8 +63,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         batch_first = self.batch_first or not batched
         B = query.shape[0 if batch_first else 1]
         mask, causal = merge_masks(key_padding_mask, attn_mask, is_causal, B, self.num_heads)
-        out = self.attend(query, key, value, mask, causal, batch_first)
-        return out if batched else out[0], None
+        out, weights = self.attend(query, key, value, mask, causal, batch_first, None, need_weights)
+        if weights is not None:
+            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights if batched else weights[0]
+        return out if batched else out[0], weights
 
     def attend(
         self,
@@ -67,9 +78,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         causal: bool,
         batch_first: bool,
         cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
-        """The output for inputs that were checked: [B,S,E], or [S,B,E] unless `batch_first`. mask:
-        as fasttx.attention's (True: visible). cu_seqlens: packed sequences in a batch of 1."""
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output for inputs that were checked, [B,S,E], or [S,B,E] unless `batch_first`, and
+        the probabilities [B,H,S,T] or None. mask: as fasttx.attention's (True: visible).
+        cu_seqlens: packed sequences in a batch of 1."""
         q, k, v = self._project(query, key, value)
         extra = []
         if self.bias_k is not None:
@@ -89,9 +102,23 @@ class MultiheadAttention(nn.MultiheadAttention):
         order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).permute(order) for t in (q, k, v))
         p = self.dropout if self.training else 0.0
-        out = attention(q, k, v, mask, p, causal, cu_seqlens=cu_seqlens)
+        weights = None
+        if need_weights:
+            out, lse = attention(q, k, v, mask, p, causal, return_lse=True)
+            weights = attention_map(q, k, lse, attn_mask=mask, is_causal=causal).to(q.dtype)
+        else:
+            out = attention(q, k, v, mask, p, causal, cu_seqlens=cu_seqlens)
         out = out.permute((0, 2, 1, 3) if batch_first else (2, 0, 1, 3)).flatten(-2)
-        return project(out, self.out_proj.weight, self.out_proj.bias)
+        return project(out, self.out_proj.weight, self.out_proj.bias), weights
+
+    def _differentiates(self, *inputs: Tensor | None) -> bool:
+        """Whether weights that are asked for have to carry gradients, or dropout."""
+        return (self.training and self.dropout > 0) or (
+            torch.is_grad_enabled()
+            and any(
+                isinstance(t, Tensor) and t.requires_grad for t in (*inputs, *self.parameters())
+            )
+        )
 
     def _project(self, query, key, value) -> tuple[Tensor, Tensor, Tensor]:
         bias, E = self.in_proj_bias, self.embed_dim

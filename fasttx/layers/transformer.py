@@ -136,10 +136,10 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer, _Layer):
         places = (mask, causal, batch_first, cu_seqlens)
         if self.norm_first:
             normed = _norm(x, self.norm1)
-            attended = self.self_attn.attend(normed, normed, normed, *places)
+            attended = self.self_attn.attend(normed, normed, normed, *places)[0]
             normed, x = _add_norm(attended, x, self.dropout1, self.norm2, prenorm=True)
             return x + self.dropout2(self._feed_forward(normed))
-        x = _add_norm(self.self_attn.attend(x, x, x, *places), x, self.dropout1, self.norm1)
+        x = _add_norm(self.self_attn.attend(x, x, x, *places)[0], x, self.dropout1, self.norm1)
         return _add_norm(self._feed_forward(x), x, self.dropout2, self.norm2)
 
 
@@ -190,18 +190,18 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer, _Layer):
         if self.norm_first:
             y = _norm(x, self.norm1)
             y, x = _add_norm(
-                own.attend(y, y, y, *own_masks), x, self.dropout1, self.norm2, prenorm=True
+                own.attend(y, y, y, *own_masks)[0], x, self.dropout1, self.norm2, prenorm=True
             )
             y, x = _add_norm(
-                cross.attend(y, memory, memory, *cross_masks),
+                cross.attend(y, memory, memory, *cross_masks)[0],
                 x,
                 self.dropout2,
                 self.norm3,
                 prenorm=True,
             )
             return x + self.dropout3(self._feed_forward(y))
-        x = _add_norm(own.attend(x, x, x, *own_masks), x, self.dropout1, self.norm1)
-        y = cross.attend(x, memory, memory, *cross_masks)
+        x = _add_norm(own.attend(x, x, x, *own_masks)[0], x, self.dropout1, self.norm1)
+        y = cross.attend(x, memory, memory, *cross_masks)[0]
         x = _add_norm(y, x, self.dropout2, self.norm2)
         return _add_norm(self._feed_forward(x), x, self.dropout3, self.norm3)
 

@@ -125,6 +125,37 @@ def test_the_fused_op_runs():
     assert "attention_fwd" in {op.name for op, _, _ in calls}
 
 
+def test_weights_come_from_the_fused_op_where_nothing_is_differentiated():
+    x = torch.randn(2, 5, 8)
+    attn = fnn.MultiheadAttention(8, 2, batch_first=True)
+    with torch.no_grad(), recorded_calls() as calls:
+        attn(x, x, x)
+    assert {"attention_fwd", "attention_map_fwd"} <= {op.name for op, _, _ in calls}
+    weights = attn(x, x, x)[1]
+    assert weights.requires_grad
+
+
+@configurations
+def test_weights(rng):
+    H, B, S, T = rng.choice((1, 3)), rng.randint(1, 3), rng.randint(1, 9), rng.randint(1, 9)
+    dtype = rng.choice((torch.float32, torch.bfloat16))
+    options = {
+        "add_zero_attn": rng.random() < 0.3,
+        "batch_first": rng.random() < 0.5,
+        "dtype": dtype,
+    }
+    ours, theirs = (c(8 * H, H, **options) for c in (fnn.MultiheadAttention, nn.MultiheadAttention))
+    twin(ours, theirs)
+    shapes = [(B, n, 8 * H) if options["batch_first"] else (n, B, 8 * H) for n in (S, T)]
+    query, key = (torch.randn(s, dtype=dtype) for s in shapes)
+    given = masks(rng, B, H, S, T, dtype, causal=not options["add_zero_attn"])
+    given["average_attn_weights"] = rng.random() < 0.5
+    for module in (ours, theirs):
+        module.requires_grad_(False)
+    with torch.no_grad():
+        same(_Shared(ours), _Shared(theirs), {"query": query, "key": key}, given)
+
+
 @pytest.mark.parametrize("average", [True, False])
 def test_weights_sum_to_one(average):
     x = torch.randn(2, 5, 8)
