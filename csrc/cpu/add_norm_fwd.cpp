@@ -1,6 +1,4 @@
 // out = norm(residual + dropout(x + x_bias)), a few rows in the cache at a time.
-#include <unistd.h>
-
 #include "cpu/add_norm_row.h"
 
 namespace fasttx::FASTTX_ISA {
@@ -55,11 +53,20 @@ FASTTX_INLINE void store_two(f16* p, vf a, vf b) {
 #endif
 }
 
+// Inputs of a later row, to be on their way to the cache while a row is worked on; null: none.
+struct Later {
+  const char *x, *residual;
+};
+FASTTX_INLINE void fetch(const char* row, int64_t bytes) {
+  if (row) _mm_prefetch(row + bytes, _MM_HINT_T0);
+}
+
 // out = (z - mean) * rstd * weight + bias.
 template <class T, bool STREAM>
 FASTTX_INLINE void normalize(const Parameters& p, vf mean, vf rstd, const float* z, T* out,
-                             int64_t N) {
+                             int64_t N, const char* later) {
   auto f = [&](int64_t n) {
+    fetch(later, n * sizeof(T));
     return fma((load(z + n) - mean) * rstd, load(p.weight + n), load(p.bias + n));
   };
   int64_t n = 0;
@@ -73,7 +80,7 @@ FASTTX_INLINE void normalize(const Parameters& p, vf mean, vf rstd, const float*
 // of a tensor in DRAM took twice as long.
 template <class T, int R>
 FASTTX_INLINE void finish_rows(const Problem& p, const int64_t* row, const float* sum,
-                               const float* const* z, bool streaming) {
+                               const float* const* z, const Later* later, bool streaming) {
   const fasttx_add_norm& a = *p.a;
   vf mean[R], rstd[R];
   FASTTX_UNROLL(2)
@@ -82,6 +89,7 @@ FASTTX_INLINE void finish_rows(const Problem& p, const int64_t* row, const float
     const float center = a.rms ? 0.0f : sum[i] / (float)p.N;
     mean[i] = set1(center);
     const float square = sum_over(p.N, [&](int64_t n) {
+      fetch(later[i].x, n * sizeof(T));
       const vf d = load(z[i] + n) - mean[i];
       return d * d;
     });
@@ -94,8 +102,8 @@ FASTTX_INLINE void finish_rows(const Problem& p, const int64_t* row, const float
   for (int i = 0; i < R; i++) {
     T* out = row_at<T>(a.out, row[i]);
     if (FASTTX_AVX512 && streaming)
-      normalize<T, FASTTX_AVX512>(p.p, mean[i], rstd[i], z[i], out, p.N);
-    else normalize<T, false>(p.p, mean[i], rstd[i], z[i], out, p.N);
+      normalize<T, FASTTX_AVX512>(p.p, mean[i], rstd[i], z[i], out, p.N, later[i].residual);
+    else normalize<T, false>(p.p, mean[i], rstd[i], z[i], out, p.N, later[i].residual);
   }
 }
 
@@ -126,24 +134,32 @@ __attribute__((noinline)) void plain_rows(const Problem& p, int64_t first, bool 
   int64_t row[ROWS];
   float sum[ROWS];
   const float* z[ROWS];
+  Later later[ROWS] = {};
   FASTTX_UNROLL(2)
   for (int i = 0; i < ROWS; i++) {
     row[i] = min64(first + i, p.M - 1);
+    // 16-bit rows take longer to compute than to read: there it costs more than it saves.
+    if (sizeof(T) == 4) {
+      const int64_t m = min64(first + i + ROWS, p.M - 1);
+      later[i].x = (const char*)row_at<T>(a.x, m);
+      if (a.residual.data) later[i].residual = (const char*)row_at<T>(a.residual, m);
+    }
     float* to = memory + i * p.padded;
     z[i] = to;
     const T* x = row_at<T>(a.x, row[i]);
     sum[i] = a.residual.data ? add_rows<T, true>(x, row_at<T>(a.residual, row[i]), to, p.N)
                              : add_rows<T, false>(x, nullptr, to, p.N);
   }
-  finish_rows<T, ROWS>(p, row, sum, z, streaming);
+  finish_rows<T, ROWS>(p, row, sum, z, later, streaming);
 }
 
 template <class T>
 __attribute__((noinline)) void any_row(const Problem& p, int64_t m, bool streaming, float* memory) {
   const float* z = memory;
+  const Later none = {};
   sum_row(p, m, memory, (uint16_t*)(memory + p.padded));
   const float sum = p.a->rms ? 0.0f : sum_over(p.N, [&](int64_t n) { return load(z + n); });
-  finish_rows<T, 1>(p, &m, &sum, &z, streaming);
+  finish_rows<T, 1>(p, &m, &sum, &z, &none, streaming);
 }
 
 bool plain(const Problem& p) {
@@ -157,9 +173,8 @@ bool plain(const Problem& p) {
 bool streams(const Problem& p, int64_t element) {
 #if FASTTX_AVX512
   const fasttx_add_norm& a = *p.a;
-  static const int64_t cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
   const int64_t touched = p.M * p.N * element * (a.residual.data ? 3 : 2);
-  return cache > 0 && touched > cache && ((uintptr_t)a.out.data | (p.N * element)) % 64 == 0;
+  return touched > cache_bytes() && ((uintptr_t)a.out.data | (p.N * element)) % 64 == 0;
 #else
   (void)p, (void)element;
   return false;

@@ -5,7 +5,6 @@
 #include "cpu/attention_decode.h"
 
 #include <string.h>
-#include <unistd.h>
 
 #include "cpu/attention_decode_products.h"
 #include "cpu/parallel.h"
@@ -275,9 +274,8 @@ int decode(Decode& p) {
         d[h * diagonal + t] = table_value(a.table, bucket, h) * LOG2E;
     }
   }
-  static const int64_t cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
   const int64_t bytes = keys * (p.D + p.Dv) * (int64_t)sizeof(E);
-  p.ahead = bytes > (cache > 0 ? cache : 32 << 20) * 3 / 4 ? PREFETCH_BYTES : 0;
+  p.ahead = bytes > cache_bytes() * 3 / 4 ? PREFETCH_BYTES : 0;
 
   int failed = 0;
   parallel_items(items, num_workers(), [&](int64_t, int64_t item) {

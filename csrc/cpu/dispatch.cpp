@@ -1,5 +1,6 @@
-// Which instruction set runs, where threads and scratch memory come from.
+// Which instruction set runs, where threads and scratch memory come from, how large the cache is.
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -80,6 +81,18 @@ void* scratch(ScratchSlot slot, size_t bytes) {
     b.size[slot] = b.data[slot] ? size : 0;
   }
   return b.data[slot];
+}
+
+int64_t cache_bytes() {
+  static const int64_t bytes = [] {
+    long long kilobytes = 0;
+    if (FILE* file = fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+      if (fscanf(file, "%lldK", &kilobytes) != 1) kilobytes = 0;
+      fclose(file);
+    }
+    return (kilobytes > 0 ? kilobytes : 32 << 10) * 1024;
+  }();
+  return bytes;
 }
 
 }  // namespace fasttx

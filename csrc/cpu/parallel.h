@@ -1,5 +1,5 @@
-// Threads and scratch memory for the CPU kernels. Both live in dispatch.cpp, once for all
-// instruction sets.
+// Threads, scratch memory and the size of the cache for the CPU kernels. All live in dispatch.cpp,
+// once for all instruction sets.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -17,6 +17,9 @@ void run_tasks(int64_t n, void (*task)(void* context, int64_t i), void* context)
 // a later call for the same slot invalidates the earlier pointer. nullptr when memory is exhausted.
 enum ScratchSlot { SCRATCH_TILE = 0, SCRATCH_PACK = 1, SCRATCH_HEAD = 2, SCRATCH_SHARED = 3, SCRATCH_SLOTS = 4 };
 void* scratch(ScratchSlot slot, size_t bytes);
+
+// The last-level cache that a core can fill. Not sysconf()'s: that adds up those of a whole package.
+int64_t cache_bytes();
 
 namespace {
 

@@ -1,7 +1,6 @@
 // Two vectors stored side by side, past the cache where STREAM: for outputs that the cache cannot hold.
 #pragma once
-#include <unistd.h>
-
+#include "cpu/parallel.h"
 #include "cpu/vec.h"
 #include "fasttx.h"
 
@@ -53,11 +52,10 @@ FASTTX_INLINE void store_two(f16* p, vf a, vf b) {
 // Whether rows of t, each side by side, should be stored past the cache in a call that touches so many
 // elements of its size.
 inline bool streams(const fasttx_tensor& t, int64_t elements) {
-  static const int64_t cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
   const int64_t size = t.dtype == FASTTX_F32 ? 4 : 2;
   int64_t edges = (int64_t)t.data;
   for (int d = 0; d < 3; d++) edges |= t.strides[d] * size;
-  return FASTTX_AVX512 && cache > 0 && elements * size >= cache && edges % 64 == 0 &&
+  return FASTTX_AVX512 && elements * size >= cache_bytes() && edges % 64 == 0 &&
          t.strides[3] == 1;
 }
 FASTTX_INLINE void end_of_stream() {
