@@ -31,7 +31,8 @@ inline bool by_eight(const fasttx_rows& r) {
 }
 
 // z of eight columns: residual + dropout(x + x_bias).
-FASTTX_DEVICE void add_eight(const AddNorm& p, float (&z)[8], const Bits8& residual, uint32_t kept, int64_t n) {
+FASTTX_DEVICE void add_eight(const AddNorm& p, float (&z)[8], const Bits8& residual, uint32_t kept,
+                             int64_t n) {
   const fasttx_add_norm& a = p.a;
   float more[8];
   if (a.x_bias.data) {
@@ -51,17 +52,19 @@ FASTTX_DEVICE void add_eight(const AddNorm& p, float (&z)[8], const Bits8& resid
 }
 
 // The same of one column, of any strides.
-FASTTX_DEVICE float add_one(const AddNorm& p, Key key, int64_t m, int64_t x_row, int64_t residual_row, int64_t n) {
+FASTTX_DEVICE float add_one(const AddNorm& p, Key key, int64_t m, int64_t x_row,
+                            int64_t residual_row, int64_t n) {
   const fasttx_add_norm& a = p.a;
   float z = load1(a.x.data, a.x.dtype, x_row + n * a.x.column);
   if (a.x_bias.data) z += load1(a.x_bias.data, a.x_bias.dtype, n * a.x_bias.column);
   if (p.dropout.threshold) {
-    const uint32_t kept = keep_bits(p.dropout, key, static_cast<uint32_t>(n / 8), static_cast<uint32_t>(m));
+    const uint32_t kept =
+        keep_bits(p.dropout, key, static_cast<uint32_t>(n / 8), static_cast<uint32_t>(m));
     z = kept >> n % 8 & 1 ? z * p.dropout.scale : 0.0f;
   }
-  if (a.residual.data) z += load1(a.residual.data, a.residual.dtype, residual_row + n * a.residual.column);
+  if (a.residual.data)
+    z += load1(a.residual.data, a.residual.dtype, residual_row + n * a.residual.column);
   return z;
 }
 
 }  // namespace fasttx
-

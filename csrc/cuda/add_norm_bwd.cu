@@ -1,7 +1,7 @@
-// The gradients of add_norm. A block has a part of the rows; its warps (to 256 columns) or all of its
-// threads together (to 4096) go through them one by one, each read once, and keep the sums for the
-// parameters in registers. Others, and odd strides, by a kernel for the rows and one for the columns.
-// What the parts have summed is added in order.
+// The gradients of add_norm. A block has a part of the rows; its warps (to 256 columns) or all of
+// its threads together (to 4096) go through them one by one, each read once, and keep the sums for
+// the parameters in registers. Others, and odd strides, by a kernel for the rows and one for the
+// columns. What the parts have summed is added in order.
 #include "cuda/add_norm.h"
 
 namespace fasttx {
@@ -10,7 +10,8 @@ namespace {
 constexpr int WARPS = 4;
 
 template <class T, bool WARP, bool SUMS>
-__global__ void __launch_bounds__(WARP ? 32 * WARPS : 512) add_norm_bwd(const __grid_constant__ AddNorm p) {
+__global__ void __launch_bounds__(WARP ? 32 * WARPS : 512)
+    add_norm_bwd(const __grid_constant__ AddNorm p) {
   FASTTX_SHARED(shared);
   const fasttx_add_norm& a = p.a;
   float* scratch = reinterpret_cast<float*>(shared);
@@ -28,8 +29,10 @@ __global__ void __launch_bounds__(WARP ? 32 * WARPS : 512) add_norm_bwd(const __
     if (live) {
       x = load16_once(static_cast<const T*>(a.x.data) + row_offset(a.x, m) + n);
       if (a.dout.data) upstream = load8(a.dout.data, a.dout.dtype, row_offset(a.dout, m) + n);
-      if (a.residual.data) residual = load8(a.residual.data, a.residual.dtype, row_offset(a.residual, m) + n);
-      if (a.dtotal.data) straight = load8(a.dtotal.data, a.dtotal.dtype, row_offset(a.dtotal, m) + n);
+      if (a.residual.data)
+        residual = load8(a.residual.data, a.residual.dtype, row_offset(a.residual, m) + n);
+      if (a.dtotal.data)
+        straight = load8(a.dtotal.data, a.dtotal.dtype, row_offset(a.dtotal, m) + n);
     }
     const float mean = a.rms ? 0.0f : load(a.mean + m), rstd = load(a.rstd + m);
 
@@ -104,7 +107,8 @@ __global__ void __launch_bounds__(WARP ? 32 * WARPS : 512) add_norm_bwd(const __
         for (int i = 0; i < 8; i++)
           for (int w = 1; w < WARPS; w++) sums[kind][i] += scratch[(w * 8 + i) * 32 + thread];
       }
-      if (live) store8(p.partials + (int64_t{blockIdx.x} * 3 + kind) * a.N, FASTTX_F32, n, sums[kind]);
+      if (live)
+        store8(p.partials + (int64_t{blockIdx.x} * 3 + kind) * a.N, FASTTX_F32, n, sums[kind]);
     }
   }
 }
@@ -115,7 +119,8 @@ __global__ void __launch_bounds__(256) add_norm_bwd_rows(const __grid_constant__
   float* scratch = reinterpret_cast<float*>(shared);
   const fasttx_add_norm& a = p.a;
   const Key key = load_key(p.dropout);
-  const int64_t m = blockIdx.x, x_row = row_offset(a.x, m), residual_row = row_offset(a.residual, m);
+  const int64_t m = blockIdx.x, x_row = row_offset(a.x, m),
+                residual_row = row_offset(a.residual, m);
   const int64_t dout_row = row_offset(a.dout, m), dtotal_row = row_offset(a.dtotal, m);
   const int64_t dx_row = row_offset(a.dx, m), dresidual_row = row_offset(a.dresidual, m);
   const float mean = a.rms ? 0.0f : a.mean[m], rstd = a.rstd[m];
@@ -140,9 +145,11 @@ __global__ void __launch_bounds__(256) add_norm_bwd_rows(const __grid_constant__
   for (int64_t n = threadIdx.x; n < a.N; n += blockDim.x) {
     float dz = (gw(n) - along - xhat(n) * across) * rstd;
     if (a.dtotal.data) dz += load1(a.dtotal.data, a.dtotal.dtype, dtotal_row + n * a.dtotal.column);
-    if (a.need & 2) store1(a.dresidual.data, a.dresidual.dtype, dresidual_row + n * a.dresidual.column, dz);
+    if (a.need & 2)
+      store1(a.dresidual.data, a.dresidual.dtype, dresidual_row + n * a.dresidual.column, dz);
     if (p.dropout.threshold) {
-      const uint32_t kept = keep_bits(p.dropout, key, static_cast<uint32_t>(n / 8), static_cast<uint32_t>(m));
+      const uint32_t kept =
+          keep_bits(p.dropout, key, static_cast<uint32_t>(n / 8), static_cast<uint32_t>(m));
       dz = kept >> n % 8 & 1 ? dz * p.dropout.scale : 0.0f;
     }
     if (a.need & 1) store1(a.dx.data, a.dx.dtype, dx_row + n * a.dx.column, dz);
@@ -164,15 +171,20 @@ __global__ void __launch_bounds__(256) add_norm_bwd_columns(const __grid_constan
       const float mean = a.rms ? 0.0f : a.mean[m], rstd = a.rstd[m];
       const float z = add_one(p, key, m, row_offset(a.x, m), row_offset(a.residual, m), n);
       const float xhat = (z - mean) * rstd;
-      const float g = a.dout.data ? load1(a.dout.data, a.dout.dtype, row_offset(a.dout, m) + n * a.dout.column) : 0.0f;
+      const float g =
+          a.dout.data ? load1(a.dout.data, a.dout.dtype, row_offset(a.dout, m) + n * a.dout.column)
+                      : 0.0f;
       sums[0] += g * xhat;
       sums[1] += g;
       if (!(a.need & 16)) continue;
-      const float gw = a.weight.data ? g * load1(a.weight.data, a.weight.dtype, n * a.weight.column) : g;
+      const float gw =
+          a.weight.data ? g * load1(a.weight.data, a.weight.dtype, n * a.weight.column) : g;
       float dz = (gw - p.means[m] - xhat * p.means[a.M + m]) * rstd;
-      if (a.dtotal.data) dz += load1(a.dtotal.data, a.dtotal.dtype, row_offset(a.dtotal, m) + n * a.dtotal.column);
+      if (a.dtotal.data)
+        dz += load1(a.dtotal.data, a.dtotal.dtype, row_offset(a.dtotal, m) + n * a.dtotal.column);
       if (p.dropout.threshold) {
-        const uint32_t kept = keep_bits(p.dropout, key, static_cast<uint32_t>(n / 8), static_cast<uint32_t>(m));
+        const uint32_t kept =
+            keep_bits(p.dropout, key, static_cast<uint32_t>(n / 8), static_cast<uint32_t>(m));
         dz = kept >> n % 8 & 1 ? dz * p.dropout.scale : 0.0f;
       }
       sums[2] += dz;
@@ -198,7 +210,8 @@ __global__ void __launch_bounds__(256) add_norm_bwd_finish(const __grid_constant
   const int64_t n = int64_t{blockIdx.x} * 32 + lane;
   float sum = 0.0f;
   if (n < a.N)
-    for (int part = warp; part < p.parts; part += 8) sum += p.partials[(int64_t{part} * 3 + kind) * a.N + n];
+    for (int part = warp; part < p.parts; part += 8)
+      sum += p.partials[(int64_t{part} * 3 + kind) * a.N + n];
   scratch[warp * 32 + lane] = sum;
   __syncthreads();
   if (warp || n >= a.N) return;
@@ -209,13 +222,14 @@ __global__ void __launch_bounds__(256) add_norm_bwd_finish(const __grid_constant
 }
 
 struct Plan {
-  bool even;      // rows in registers
+  bool even;  // rows in registers
   int64_t part_rows, parts;
 };
 
 Plan plan(const fasttx_add_norm& a) {
   bool even = a.N % 8 == 0 && a.N > 0 && a.N <= 4096;
-  for (const fasttx_rows* r : {&a.x, &a.residual, &a.weight, &a.x_bias, &a.dout, &a.dtotal, &a.dx, &a.dresidual})
+  for (const fasttx_rows* r :
+       {&a.x, &a.residual, &a.weight, &a.x_bias, &a.dout, &a.dtotal, &a.dx, &a.dresidual})
     even &= by_eight(*r);
   even &= a.x.dtype == FASTTX_BF16 || a.x.dtype == FASTTX_F16;
   // Enough parts to fill the device, and so few that adding them up costs little.
@@ -231,11 +245,11 @@ int backward(const AddNorm& p, void* stream) {
   const bool sums = p.a.need & 28;
   const dim3 grid(static_cast<unsigned>(p.parts));
   if (p.a.N <= 256)
-    return launch(sums ? add_norm_bwd<T, true, true> : add_norm_bwd<T, true, false>, grid, 32 * WARPS,
-                  WARPS * 8 * 32 * 4, stream, p);
+    return launch(sums ? add_norm_bwd<T, true, true> : add_norm_bwd<T, true, false>, grid,
+                  32 * WARPS, WARPS * 8 * 32 * 4, stream, p);
   const int threads = static_cast<int>((p.a.N + 255) / 256 * 32);
-  return launch(sums ? add_norm_bwd<T, false, true> : add_norm_bwd<T, false, false>, grid, threads, 256,
-                stream, p);
+  return launch(sums ? add_norm_bwd<T, false, true> : add_norm_bwd<T, false, false>, grid, threads,
+                256, stream, p);
 }
 
 }  // namespace
@@ -250,7 +264,12 @@ FASTTX_API int fasttx_cuda_add_norm_bwd(const fasttx_add_norm& a, float* workspa
   using namespace fasttx;
   if (a.N == 0) return 0;
   const Plan made = plan(a);
-  AddNorm p = {a, make_dropout(a.dropout_p, a.seed), nullptr, nullptr, made.part_rows, static_cast<int>(made.parts)};
+  AddNorm p = {a,
+               make_dropout(a.dropout_p, a.seed),
+               nullptr,
+               nullptr,
+               made.part_rows,
+               static_cast<int>(made.parts)};
   if (a.need & 28) p.partials = workspace;
   if (a.need & 16) p.means = workspace + made.parts * 3 * a.N;
   const unsigned blocks = static_cast<unsigned>((a.N + 31) / 32);
@@ -258,10 +277,12 @@ FASTTX_API int fasttx_cuda_add_norm_bwd(const fasttx_add_norm& a, float* workspa
   if (a.M && made.even) {
     status = a.x.dtype == FASTTX_BF16 ? backward<bf16>(p, stream) : backward<f16>(p, stream);
   } else if (a.M) {
-    if (a.need & (1 | 2 | 16)) status = launch(add_norm_bwd_rows, dim3(static_cast<unsigned>(a.M)), 256, 256, stream, p);
+    if (a.need & (1 | 2 | 16))
+      status = launch(add_norm_bwd_rows, dim3(static_cast<unsigned>(a.M)), 256, 256, stream, p);
     if (!status && a.need & 28)
       status = launch(add_norm_bwd_columns, dim3(blocks, p.parts), 256, 3 * 8 * 32 * 4, stream, p);
   }
-  if (!status && a.need & 28) status = launch(add_norm_bwd_finish, dim3(blocks, 3), 256, 8 * 32 * 4, stream, p);
+  if (!status && a.need & 28)
+    status = launch(add_norm_bwd_finish, dim3(blocks, 3), 256, 8 * 32 * 4, stream, p);
   return status;
 }

@@ -1,6 +1,6 @@
-// out = norm(residual + dropout(x + x_bias)): rows of up to 1024 columns by a warp, of up to 16384 by
-// a block, kept in registers between one read and one write; others, and those of odd strides, by a
-// block that reads them once a pass.
+// out = norm(residual + dropout(x + x_bias)): rows of up to 1024 columns by a warp, of up to 16384
+// by a block, kept in registers between one read and one write; others, and those of odd strides,
+// by a block that reads them once a pass.
 #include "cuda/add_norm.h"
 
 namespace fasttx {
@@ -41,7 +41,9 @@ __global__ void __launch_bounds__(WARP ? 32 * WARPS : 512, WARP ? 4 : 1)
   for (int c = 0; c < CHUNKS; c++) {
     const int n = (c * threads + thread) * 8;
     if (n < N) {
-      const uint32_t kept = p.dropout.threshold ? keep_bits(p.dropout, key, c * threads + thread, static_cast<uint32_t>(m)) : 0;
+      const uint32_t kept = p.dropout.threshold ? keep_bits(p.dropout, key, c * threads + thread,
+                                                            static_cast<uint32_t>(m))
+                                                : 0;
       unpack8<T>(x[c], z[c]);
       add_eight(p, z[c], residual[c], kept, n);
       if (a.total.data) store8(a.total.data, a.total.dtype, row_offset(a.total, m) + n, z[c]);
@@ -55,8 +57,10 @@ __global__ void __launch_bounds__(WARP ? 32 * WARPS : 512, WARP ? 4 : 1)
 
   float mean = 0.0f;
   if (!a.rms) {
-    if (WARP) sum[0] = warp_sum(sum[0]);
-    else block_sum(sum, scratch);
+    if (WARP)
+      sum[0] = warp_sum(sum[0]);
+    else
+      block_sum(sum, scratch);
     mean = sum[0] / a.N;
   }
   float square[1] = {0.0f};
@@ -65,8 +69,10 @@ __global__ void __launch_bounds__(WARP ? 32 * WARPS : 512, WARP ? 4 : 1)
 #pragma unroll
     for (int i = 0; i < 8; i++)
       if ((c * threads + thread) * 8 < N) square[0] += (z[c][i] - mean) * (z[c][i] - mean);
-  if (WARP) square[0] = warp_sum(square[0]);
-  else block_sum(square, scratch);
+  if (WARP)
+    square[0] = warp_sum(square[0]);
+  else
+    block_sum(square, scratch);
   const float rstd = 1.0f / sqrtf(square[0] / a.N + static_cast<float>(a.eps));
   if (thread == 0) {
     if (!a.rms) store(a.mean + m, mean);
@@ -99,7 +105,8 @@ __global__ void __launch_bounds__(256) add_norm_fwd_any(const __grid_constant__ 
   FASTTX_SHARED(shared);
   float* scratch = reinterpret_cast<float*>(shared);
   const fasttx_add_norm& a = p.a;
-  const int64_t m = blockIdx.x, x_row = row_offset(a.x, m), residual_row = row_offset(a.residual, m);
+  const int64_t m = blockIdx.x, x_row = row_offset(a.x, m),
+                residual_row = row_offset(a.residual, m);
   const Key key = load_key(p.dropout);
   auto z = [&](int64_t n) { return add_one(p, key, m, x_row, residual_row, n); };
   float sum[1] = {0.0f}, square[1] = {0.0f}, mean = 0.0f;

@@ -75,9 +75,12 @@ FASTTX_DEVICE float load1(const void* data, int dtype, int64_t index) {
   return dtype == FASTTX_BF16 ? bf16::unpack(bits).x : f16::unpack(bits).x;
 }
 FASTTX_DEVICE void store1(void* data, int dtype, int64_t index, float value) {
-  if (dtype == FASTTX_F32) store(static_cast<float*>(data) + index, value);
-  else if (dtype == FASTTX_BF16) store(static_cast<uint16_t*>(data) + index, from_float<bf16>(value).bits);
-  else store(static_cast<uint16_t*>(data) + index, from_float<f16>(value).bits);
+  if (dtype == FASTTX_F32)
+    store(static_cast<float*>(data) + index, value);
+  else if (dtype == FASTTX_BF16)
+    store(static_cast<uint16_t*>(data) + index, from_float<bf16>(value).bits);
+  else
+    store(static_cast<uint16_t*>(data) + index, from_float<f16>(value).bits);
 }
 
 }  // namespace fasttx

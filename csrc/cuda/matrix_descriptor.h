@@ -13,8 +13,7 @@ FASTTX_DEVICE uint64_t matrix_descriptor(uint32_t address, Swizzle swizzle, uint
   const uint64_t layout = (4 - static_cast<int>(swizzle)) & 3;
   return static_cast<uint64_t>((address & 0x3ffff) >> 4) |
          static_cast<uint64_t>((leading & 0x3ffff) >> 4) << 16 |
-         static_cast<uint64_t>((stride & 0x3ffff) >> 4) << 32 |
-         layout << 62;
+         static_cast<uint64_t>((stride & 0x3ffff) >> 4) << 32 | layout << 62;
 }
 
 }  // namespace fasttx

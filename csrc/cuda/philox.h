@@ -1,5 +1,5 @@
-// The dropout bits: Philox4x32-10 (Salmon et al., SC'11). One counter gives eight 16-bit numbers, of
-// columns 8 * group .. 8 * group + 7 in order, the low half of a word first.
+// The dropout bits: Philox4x32-10 (Salmon et al., SC'11). One counter gives eight 16-bit numbers,
+// of columns 8 * group .. 8 * group + 7 in order, the low half of a word first.
 #pragma once
 #include "cuda/platform.h"
 

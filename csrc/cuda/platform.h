@@ -1,6 +1,6 @@
 // What the kernels need of CUDA besides instructions: launches, the shared memory of a block, sizes
-// of the device. Every file in csrc/cuda is C++ that nvcc compiles for a GPU and, with the headers of
-// tests/emulator in place of this one and of ptx/, any C++ compiler for the emulator.
+// of the device. Every file in csrc/cuda is C++ that nvcc compiles for a GPU and, with the headers
+// of tests/emulator in place of this one and of ptx/, any C++ compiler for the emulator.
 #pragma once
 #include <cuda_runtime.h>
 #include <stddef.h>

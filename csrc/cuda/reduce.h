@@ -1,5 +1,5 @@
-// Sums and maxima over the lanes of a warp and over a block, the same in every thread, always in the
-// same order.
+// Sums and maxima over the lanes of a warp and over a block, the same in every thread, always in
+// the same order.
 #pragma once
 #include "cuda/platform.h"
 

@@ -16,7 +16,7 @@ struct Rope {
   int turned, copied;       // items of HEADS heads of a token: pairs to turn, columns to copy
   int heads, groups;        // heads of q and k together; by HEADS
   int q_heads;
-  int pair_angles;          // cos and sin have an angle a pair
+  int pair_angles;  // cos and sin have an angle a pair
 };
 
 struct Place {
@@ -44,13 +44,15 @@ FASTTX_DEVICE int64_t angle_offset(const fasttx_tensor& t, const Place& at) {
 }
 
 // cos or sin of eight columns; twice: of four pairs, each twice.
-FASTTX_DEVICE void load_angles(const fasttx_tensor& t, int64_t offset, int column, bool twice, float (&v)[8]) {
+FASTTX_DEVICE void load_angles(const fasttx_tensor& t, int64_t offset, int column, bool twice,
+                               float (&v)[8]) {
   if (!twice) {
     unpack8(load8(t.data, t.dtype, offset + column), t.dtype, v);
     return;
   }
 #pragma unroll
-  for (int i = 0; i < 8; i += 2) v[i] = v[i + 1] = load1(t.data, t.dtype, offset + (column + i) / 2);
+  for (int i = 0; i < 8; i += 2)
+    v[i] = v[i + 1] = load1(t.data, t.dtype, offset + (column + i) / 2);
 }
 
 template <class T, bool INTERLEAVED>
@@ -72,7 +74,8 @@ __global__ void __launch_bounds__(THREADS) rope_by_eight(const __grid_constant__
     if (head >= p.heads) continue;
     const bool is_q = head < p.q_heads;
     const fasttx_tensor& from = is_q ? a.q : a.k;
-    const T* row = static_cast<const T*>(from.data) + head_offset(from, at, is_q ? head : head - p.q_heads);
+    const T* row =
+        static_cast<const T*>(from.data) + head_offset(from, at, is_q ? head : head - p.q_heads);
     x[h][0] = load16_once(row + column);
     if (!INTERLEAVED && turn) x[h][CHUNKS - 1] = load16_once(row + column + half);
   }
@@ -102,15 +105,18 @@ __global__ void __launch_bounds__(THREADS) rope_by_eight(const __grid_constant__
     if (INTERLEAVED) {
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
-        y[i] = a.adjoint ? u[i] * cos[0][i] + u[i + 1] * sin[0][i + 1] : u[i] * cos[0][i] - u[i + 1] * sin[0][i];
-        y[i + 1] = a.adjoint ? u[i + 1] * cos[0][i + 1] - u[i] * sin[0][i] : u[i + 1] * cos[0][i + 1] + u[i] * sin[0][i + 1];
+        y[i] = a.adjoint ? u[i] * cos[0][i] + u[i + 1] * sin[0][i + 1]
+                         : u[i] * cos[0][i] - u[i + 1] * sin[0][i];
+        y[i + 1] = a.adjoint ? u[i + 1] * cos[0][i + 1] - u[i] * sin[0][i]
+                             : u[i + 1] * cos[0][i + 1] + u[i] * sin[0][i + 1];
       }
       store16(row + column, pack8<T>(y));
     } else {
       unpack8<T>(x[h][CHUNKS - 1], v);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        const float ca = cos[0][i], cb = cos[CHUNKS - 1][i], sa = sin[0][i], sb = sin[CHUNKS - 1][i];
+        const float ca = cos[0][i], cb = cos[CHUNKS - 1][i], sa = sin[0][i],
+                    sb = sin[CHUNKS - 1][i];
         y[i] = a.adjoint ? u[i] * ca + v[i] * sb : u[i] * ca - v[i] * sa;
         z[i] = a.adjoint ? v[i] * cb - u[i] * sa : v[i] * cb + u[i] * sb;
       }
@@ -150,8 +156,10 @@ __global__ void __launch_bounds__(THREADS) rope_by_one(const __grid_constant__ R
       continue;
     }
     const float f = to_float(u), g = to_float(load(x + n1 * from.strides[3]));
-    store(y + n0 * to.strides[3], from_float<T>(a.adjoint ? f * cos[0] + g * sin[1] : f * cos[0] - g * sin[0]));
-    store(y + n1 * to.strides[3], from_float<T>(a.adjoint ? g * cos[1] - f * sin[0] : g * cos[1] + f * sin[1]));
+    store(y + n0 * to.strides[3],
+          from_float<T>(a.adjoint ? f * cos[0] + g * sin[1] : f * cos[0] - g * sin[0]));
+    store(y + n1 * to.strides[3],
+          from_float<T>(a.adjoint ? g * cos[1] - f * sin[0] : g * cos[1] + f * sin[1]));
   }
 }
 
@@ -172,7 +180,8 @@ int rotate(Rope p, bool even, void* stream) {
   if (p.items == 0) return 0;
   const dim3 grid(static_cast<unsigned>((p.items + THREADS - 1) / THREADS));
   if (!even) return launch(rope_by_one<T>, grid, THREADS, 0, stream, p);
-  return launch(p.a.interleaved ? rope_by_eight<T, true> : rope_by_eight<T, false>, grid, THREADS, 0, stream, p);
+  return launch(p.a.interleaved ? rope_by_eight<T, true> : rope_by_eight<T, false>, grid, THREADS,
+                0, stream, p);
 }
 
 }  // namespace

@@ -30,9 +30,8 @@ inline bool make_tensor_map(TensorMap* map, Element element, int rank, const voi
   constexpr CUtensorMapDataType types[] = {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
                                            CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
                                            CU_TENSOR_MAP_DATA_TYPE_FLOAT32};
-  constexpr CUtensorMapSwizzle swizzles[] = {
-      CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_32B, CU_TENSOR_MAP_SWIZZLE_64B,
-      CU_TENSOR_MAP_SWIZZLE_128B};
+  constexpr CUtensorMapSwizzle swizzles[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_32B,
+                                             CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_128B};
   const uint32_t ones[5] = {1, 1, 1, 1, 1};
   return encode(&map->map, types[static_cast<int>(element)], rank, const_cast<void*>(data),
                 reinterpret_cast<const cuuint64_t*>(sizes),

@@ -19,8 +19,10 @@ fasttx_rows rows(const Tensor& t) {
     sizes[i] = t.size(d);
     r.stride[i] = t.stride(d);
     if (sizes[i] == 1) continue;
-    if (inner == 1) r.stride[2] = r.stride[i];
-    else if (r.stride[i] != inner * r.stride[2]) even = false;
+    if (inner == 1)
+      r.stride[2] = r.stride[i];
+    else if (r.stride[i] != inner * r.stride[2])
+      even = false;
     inner *= sizes[i];
   }
   if (!even) {
@@ -89,13 +91,12 @@ fasttx_add_norm backward_arguments(Tensor dx, Tensor dresidual, Tensor dweight, 
 
 #define FASTTX_ADD_NORM_SCHEMA_INPUTS \
   "Tensor? residual, Tensor? weight, Tensor? bias, Tensor? x_bias, Tensor? seed, "
-#define FASTTX_ADD_NORM_FWD_SCHEMA                                              \
-  "(Tensor(a!) out, Tensor(b!) total, Tensor(c!) stats, Tensor x, "             \
-  FASTTX_ADD_NORM_SCHEMA_INPUTS                                                 \
+#define FASTTX_ADD_NORM_FWD_SCHEMA                                                                \
+  "(Tensor(a!) out, Tensor(b!) total, Tensor(c!) stats, Tensor x, " FASTTX_ADD_NORM_SCHEMA_INPUTS \
   "float eps, float dropout_p, bool rms, bool prenorm, bool wide) -> ()"
-#define FASTTX_ADD_NORM_BWD_SCHEMA                                              \
+#define FASTTX_ADD_NORM_BWD_SCHEMA                                               \
   "(Tensor(a!) dx, Tensor(b!) dresidual, Tensor(c!) dweight, Tensor(d!) dbias, " \
-  "Tensor(e!) dx_bias, Tensor x, Tensor stats, Tensor? dout, Tensor? dtotal, "  \
-  FASTTX_ADD_NORM_SCHEMA_INPUTS "float dropout_p, bool rms, int need) -> ()"
+  "Tensor(e!) dx_bias, Tensor x, Tensor stats, Tensor? dout, Tensor? "           \
+  "dtotal, " FASTTX_ADD_NORM_SCHEMA_INPUTS "float dropout_p, bool rms, int need) -> ()"
 
 }  // namespace

@@ -21,13 +21,13 @@ fasttx_rope rope_arguments(const Tensor& q_out, const OptionalTensor& k_out, con
   return a;
 }
 
-#define FASTTX_ROPE_FWD_SCHEMA                                                          \
-  "(Tensor(a!) q_out, Tensor(b!) k_out, Tensor q, Tensor? k, Tensor cos, Tensor sin, "  \
+#define FASTTX_ROPE_FWD_SCHEMA                                                         \
+  "(Tensor(a!) q_out, Tensor(b!) k_out, Tensor q, Tensor? k, Tensor cos, Tensor sin, " \
   "int rotary, bool interleaved) -> ()"
-#define FASTTX_ROPE_BWD_SCHEMA                                                          \
-  "(Tensor(a!) dq, Tensor(b!) dk, Tensor dq_out, Tensor? dk_out, Tensor cos, "          \
+#define FASTTX_ROPE_BWD_SCHEMA                                                 \
+  "(Tensor(a!) dq, Tensor(b!) dk, Tensor dq_out, Tensor? dk_out, Tensor cos, " \
   "Tensor sin, int rotary, bool interleaved) -> ()"
-#define FASTTX_ROPE_INPLACE_SCHEMA                                                      \
+#define FASTTX_ROPE_INPLACE_SCHEMA \
   "(Tensor(a!) q, Tensor(b!)? k, Tensor cos, Tensor sin, int rotary, bool interleaved) -> ()"
 
 }  // namespace

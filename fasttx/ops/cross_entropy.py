@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import differentiable
-from ..op import Kernel, Needs, Op
+from ..op import HALF, Kernel, Needs, Op
 from ._checks import check_backend, check_float, has_values, number, short
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
     "cross_entropy_rescale",
 ]
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-BACKENDS = ("cpu", "triton", "reference", "torch")
+BACKENDS = ("cpu", "cuda", "triton", "reference", "torch")
 
 
 @Op
@@ -100,7 +100,11 @@ for _op in (cross_entropy_fwd, cross_entropy_bwd, cross_entropy_inplace, cross_e
             ),
             _reference,
         ],
-        cuda=[Kernel("triton", _triton, Needs(dtype_of=_of, sm=80)), _reference],
+        cuda=[
+            Kernel("triton", _triton, Needs(dtype_of=_of, sm=80)),
+            Kernel("cuda", f"native:{_op.name}_cuda", Needs(HALF, _of, sm=80)),
+            _reference,
+        ],
     )
 
 
@@ -262,8 +266,8 @@ def cross_entropy(
             so that no second tensor of their size exists. Their values are lost, their version
             counter rises, a second backward raises, and so does a double backward. Under
             torch.compile and torch.func the ordinary way is taken.
-        backend: None chooses; "cpu", "triton", "reference" or "torch" runs that or raises with
-            every kernel's reason.
+        backend: None chooses; "cpu", "cuda", "triton", "reference" or "torch" runs that or raises
+            with every kernel's reason.
 
     Returns:
         float32 (float64 for float64): a scalar, or target's shape for "none".

@@ -486,7 +486,7 @@ BAD = {
     "z": ({"z_loss": -1.0}, ValueError, "z_loss must be finite and at least 0, got -1.0"),
     "z inf": ({"z_loss": float("inf")}, ValueError, "z_loss must be finite"),
     "ignore_index": ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int, got 1.5"),
-    "backend": ({"backend": "cuda"}, ValueError, "backend must be None or one of"),
+    "backend": ({"backend": "cudnn"}, ValueError, "backend must be None or one of"),
 }  # fmt: skip
 
 

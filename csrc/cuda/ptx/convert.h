@@ -16,8 +16,10 @@ FASTTX_DEVICE uint32_t pack_f16(float low, float high) {
 }
 FASTTX_DEVICE float2 unpack_f16(uint32_t word) {
   float2 v;
-  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
-      : "=f"(v.x), "=f"(v.y) : "r"(word));
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, "
+      "high;\n}"
+      : "=f"(v.x), "=f"(v.y)
+      : "r"(word));
   return v;
 }
 

@@ -1,6 +1,6 @@
-// mma.sync m16n8k16: d += a b with a [16, 16] by rows, b [16, 8] by columns, d fp32. Lane l = 4 g + t
-// holds d[g][2t], d[g][2t + 1], d[g + 8][2t], d[g + 8][2t + 1]; a's words are rows g, g + 8, g, g + 8
-// at columns 2t, 2t, 2t + 8, 2t + 8; b's are rows 2t and 2t + 8 of column g.
+// mma.sync m16n8k16: d += a b with a [16, 16] by rows, b [16, 8] by columns, d fp32. Lane l = 4 g +
+// t holds d[g][2t], d[g][2t + 1], d[g + 8][2t], d[g + 8][2t + 1]; a's words are rows g, g + 8, g, g
+// + 8 at columns 2t, 2t, 2t + 8, 2t + 8; b's are rows 2t and 2t + 8 of column g.
 #pragma once
 #include "cuda/numbers.h"
 

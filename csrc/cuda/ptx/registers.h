@@ -7,12 +7,12 @@ namespace fasttx {
 template <int COUNT>
 FASTTX_DEVICE void registers_give() {
   static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256);
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(COUNT));
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 template <int COUNT>
 FASTTX_DEVICE void registers_take() {
   static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256);
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT));
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
 }  // namespace fasttx

@@ -24,8 +24,8 @@ namespace {
   using Function = AOTITorchError (*)(int32_t, void**);
   static const auto find = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return reinterpret_cast<Function>(
-        library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
+    return reinterpret_cast<Function>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream")
+                                              : nullptr);
   }();
   void* stream = nullptr;
   if (find) TORCH_ERROR_CODE_CHECK(find(t.get_device_index(), &stream));

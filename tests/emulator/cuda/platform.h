@@ -49,8 +49,10 @@ T shuffle(unsigned mask, T value, const char* what, Source source) {
         out(i) = from >= 0 && from < WARP && (mask >> from & 1) ? in(from) : in(i);
       }
   };
-  if (!(mask >> running->lane() & 1)) fault(std::string(what) + " with a mask that leaves the calling lane out");
-  Meeting& place = mask == ~0u ? block.warps[running->warp()] : block.parts[{running->warp(), mask}];
+  if (!(mask >> running->lane() & 1))
+    fault(std::string(what) + " with a mask that leaves the calling lane out");
+  Meeting& place =
+      mask == ~0u ? block.warps[running->warp()] : block.parts[{running->warp(), mask}];
   meet(place, running->lane(), __builtin_popcount(mask), what, value, result, work);
   return result;
 }
@@ -85,12 +87,15 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
       if (mask >> i & 1) out(i) = votes;
   };
   using namespace emulator;
-  Meeting& place = mask == ~0u ? block.warps[running->warp()] : block.parts[{running->warp(), mask}];
+  Meeting& place =
+      mask == ~0u ? block.warps[running->warp()] : block.parts[{running->warp(), mask}];
   meet(place, running->lane(), __builtin_popcount(mask), "__ballot_sync", predicate, result, work);
   return result;
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
+inline int __all_sync(unsigned mask, int predicate) {
+  return __ballot_sync(mask, predicate) == mask;
+}
 
 template <class T>
 T atomicAdd(T* p, std::type_identity_t<T> x) {
@@ -123,7 +128,8 @@ namespace fasttx {
 template <class Arguments>
 int launch(void (*kernel)(Arguments), dim3 grid, int threads, size_t shared, void*,
            const Arguments& arguments) {
-  return emulator::run({grid, dim3(threads), shared, emulator::MAX_SHARED}, [&] { kernel(arguments); });
+  return emulator::run({grid, dim3(threads), shared, emulator::MAX_SHARED},
+                       [&] { kernel(arguments); });
 }
 inline int multiprocessors() { return 3; }
 

@@ -62,8 +62,12 @@ fasttx_emulator_switch:
 #if defined(__SANITIZE_ADDRESS__)
 const void* scheduler_bottom = nullptr;
 size_t scheduler_size = 0;
-void leave(const void* bottom, size_t size) { __sanitizer_start_switch_fiber(nullptr, bottom, size); }
-void enter(const void** bottom, size_t* size) { __sanitizer_finish_switch_fiber(nullptr, bottom, size); }
+void leave(const void* bottom, size_t size) {
+  __sanitizer_start_switch_fiber(nullptr, bottom, size);
+}
+void enter(const void** bottom, size_t* size) {
+  __sanitizer_finish_switch_fiber(nullptr, bottom, size);
+}
 #endif
 
 void to_scheduler() {
@@ -114,7 +118,8 @@ void fiber_main() {
 }
 
 char* new_stack() {
-  void* p = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* p = mmap(nullptr, STACK, PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) {
     perror("emulator: no memory for a stack");
     abort();
@@ -154,7 +159,8 @@ void schedule() {
       // A random warp runs ahead, others are left behind for a while.
       for (int i = 0; i < warps; i++) {
         const int warp = random() % warps;
-        for (unsigned turns = random() % 6; turns > 0 && !faulted && advance(warp); turns--) moved = true;
+        for (unsigned turns = random() % 6; turns > 0 && !faulted && advance(warp); turns--)
+          moved = true;
       }
     }
     if (!moved)
@@ -206,7 +212,8 @@ void begin_block(const Launch& launch, dim3 index) {
 
 std::string place() {
   auto text = [](dim3 d) {
-    return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
+    return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) +
+           ")";
   };
   return " in block " + text(block.index) + (running ? " thread " + text(running->index) : "");
 }
@@ -238,11 +245,12 @@ void barrier(int id, int threads, bool arrive_only) {
     fault("a barrier of " + std::to_string(threads) + " threads");
   Barrier& b = block.barriers[id];
   if (b.arrived && b.expected != threads)
-    fault("barrier " + std::to_string(id) + " of " + std::to_string(b.expected) + " threads and of " +
-          std::to_string(threads));
+    fault("barrier " + std::to_string(id) + " of " + std::to_string(b.expected) +
+          " threads and of " + std::to_string(threads));
   b.expected = threads;
   const unsigned generation = b.generation;
-  if (++b.arrived == (threads ? threads : block.alive)) release(b);
+  if (++b.arrived == (threads ? threads : block.alive))
+    release(b);
   else if (!arrive_only) {
     static const char* const names[BARRIERS] = {
         "barrier 0",  "barrier 1",  "barrier 2",  "barrier 3", "barrier 4",  "barrier 5",
@@ -253,14 +261,19 @@ void barrier(int id, int threads, bool arrive_only) {
 }
 
 void* shared_pointer(uint32_t address, size_t bytes, size_t alignment) {
-  if (address % alignment) fault("shared address " + std::to_string(address) + " is not aligned to " + std::to_string(alignment));
-  if (address + bytes > block.shared_size) fault("shared address " + std::to_string(address) + " is outside the block's " + std::to_string(block.shared_size) + " bytes");
+  if (address % alignment)
+    fault("shared address " + std::to_string(address) + " is not aligned to " +
+          std::to_string(alignment));
+  if (address + bytes > block.shared_size)
+    fault("shared address " + std::to_string(address) + " is outside the block's " +
+          std::to_string(block.shared_size) + " bytes");
   return block.shared + address;
 }
 
 uint32_t shared_address(const void* pointer) {
   const ptrdiff_t offset = static_cast<const unsigned char*>(pointer) - block.shared;
-  if (offset < 0 || offset > static_cast<ptrdiff_t>(block.shared_size)) fault("a pointer that is not into the dynamic shared memory");
+  if (offset < 0 || offset > static_cast<ptrdiff_t>(block.shared_size))
+    fault("a pointer that is not into the dynamic shared memory");
   return static_cast<uint32_t>(offset);
 }
 
@@ -278,8 +291,10 @@ void mbarrier_progress(MBarrier& m) {
 }
 
 void land(Action action) {
-  if (eager_mode) action();
-  else block.landings.push_back(std::move(action));
+  if (eager_mode)
+    action();
+  else
+    block.landings.push_back(std::move(action));
 }
 
 int run(const Launch& launch, const std::function<void()>& kernel) {
@@ -292,15 +307,19 @@ int run(const Launch& launch, const std::function<void()>& kernel) {
     message = text;
     return 1;
   };
-  if (threads == 0 || threads > 1024) return refuse("a block of " + std::to_string(threads) + " threads");
+  if (threads == 0 || threads > 1024)
+    return refuse("a block of " + std::to_string(threads) + " threads");
   if (!g.x || !g.y || !g.z || g.x > 2147483647u || g.y > 65535 || g.z > 65535)
-    return refuse("a grid of (" + std::to_string(g.x) + ", " + std::to_string(g.y) + ", " + std::to_string(g.z) + ") blocks");
+    return refuse("a grid of (" + std::to_string(g.x) + ", " + std::to_string(g.y) + ", " +
+                  std::to_string(g.z) + ") blocks");
   if (launch.shared > launch.shared_allowed || launch.shared > MAX_SHARED)
-    return refuse(std::to_string(launch.shared) + " bytes of shared memory, allowed were " + std::to_string(launch.shared_allowed));
+    return refuse(std::to_string(launch.shared) + " bytes of shared memory, allowed were " +
+                  std::to_string(launch.shared_allowed));
   while (stacks.size() < threads) stacks.push_back(new_stack());
   // Exactly what was asked for, so that AddressSanitizer sees an access beyond it.
   block.shared_size = launch.shared;
-  block.shared = static_cast<unsigned char*>(aligned_alloc(1024, (launch.shared + 1023) / 1024 * 1024 + 1024));
+  block.shared =
+      static_cast<unsigned char*>(aligned_alloc(1024, (launch.shared + 1023) / 1024 * 1024 + 1024));
 #if defined(__SANITIZE_ADDRESS__)
   __asan_poison_memory_region(block.shared + (launch.shared + 7) / 8 * 8, 1024);
 #endif

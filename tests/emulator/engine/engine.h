@@ -1,5 +1,5 @@
-// One CUDA block at a time on CPU fibers, one fiber a CUDA thread. Fibers change only where a thread
-// waits, so what two threads do between two waits is atomic; which warp goes first, and when
+// One CUDA block at a time on CPU fibers, one fiber a CUDA thread. Fibers change only where a
+// thread waits, so what two threads do between two waits is atomic; which warp goes first, and when
 // asynchronous copies land, is the configuration's choice.
 #pragma once
 #include <stddef.h>
@@ -28,12 +28,12 @@ struct Thread {
   dim3 index;
   int linear = 0;
   bool done = false;
-  const char* at = "its start";        // what it waits for
-  bool (*ready)(void*) = nullptr;      // whether it can go on
+  const char* at = "its start";    // what it waits for
+  bool (*ready)(void*) = nullptr;  // whether it can go on
   void* ready_context = nullptr;
-  std::vector<Action> open;            // cp.async not yet committed
+  std::vector<Action> open;  // cp.async not yet committed
   std::deque<std::vector<Action>> groups;
-  std::vector<Action> bulk_open;       // TMA stores
+  std::vector<Action> bulk_open;  // TMA stores
   std::deque<std::vector<Action>> bulk_groups;
   int lane() const { return linear % WARP; }
   int warp() const { return linear / WARP; }
@@ -61,7 +61,7 @@ struct MBarrier {
 
 struct Warpgroup {
   Meeting meeting;
-  std::vector<Action> open;             // wgmma not yet committed
+  std::vector<Action> open;  // wgmma not yet committed
   std::deque<std::vector<Action>> groups;
   bool fenced = false;
 };
@@ -74,25 +74,25 @@ struct Block {
   std::vector<Warpgroup> warpgroups;
   std::map<std::pair<int, unsigned>, Meeting> parts;  // lanes of a warp under a partial mask
   Barrier barriers[BARRIERS];
-  std::map<uint32_t, MBarrier> mbarriers;             // by shared address
-  std::deque<Action> landings;                        // asynchronous copies that have not landed
+  std::map<uint32_t, MBarrier> mbarriers;  // by shared address
+  std::deque<Action> landings;             // asynchronous copies that have not landed
   unsigned char* shared = nullptr;
   size_t shared_size = 0;
 };
 
 // Bytes that kernels moved through the wrappers of csrc/cuda/ptx, and how.
 struct Traffic {
-  int64_t read, written;      // global memory
-  int64_t narrow;             // of these, by accesses of less than 16 bytes
-  int64_t shared_conflicts;   // extra cycles that ldmatrix and stmatrix would take on banks
+  int64_t read, written;     // global memory
+  int64_t narrow;            // of these, by accesses of less than 16 bytes
+  int64_t shared_conflicts;  // extra cycles that ldmatrix and stmatrix would take on banks
 };
 
 extern Block block;
 extern Thread* running;
 extern Traffic traffic;
 
-bool eager();      // asynchronous work is done at once, else as late as waits allow
-unsigned random(); // 0 without a seed
+bool eager();       // asynchronous work is done at once, else as late as waits allow
+unsigned random();  // 0 without a seed
 
 // Ends the launch with an error; the launch returns it with the message.
 [[noreturn]] void fault(const std::string& message);
@@ -111,9 +111,11 @@ void wait(const char* at, Ready ready) {
 // All `count` lanes bring `in`; the last to arrive runs work(in(lane), out(lane)) for all of them.
 template <class In, class Out, class Work>
 void meet(Meeting& m, int lane, int count, const char* what, const In& in, Out& out, Work work) {
-  if (m.arrived == 0) m.what = what;
+  if (m.arrived == 0)
+    m.what = what;
   else if (m.what != what)
-    fault(std::string("lanes of one warp are at different instructions: ") + m.what + " and " + what);
+    fault(std::string("lanes of one warp are at different instructions: ") + m.what + " and " +
+          what);
   m.in[lane] = &in;
   m.out[lane] = &out;
   const unsigned generation = m.generation;

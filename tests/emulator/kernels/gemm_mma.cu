@@ -1,5 +1,5 @@
-// c [M, N] = a [M, K] b [N, K]^T in fp32 by cp.async, ldmatrix and mma.sync, and the sums of c's rows
-// by shuffles and atomics; tiles of 64 x 64, K by 32, two stages. a may be stored transposed.
+// c [M, N] = a [M, K] b [N, K]^T in fp32 by cp.async, ldmatrix and mma.sync, and the sums of c's
+// rows by shuffles and atomics; tiles of 64 x 64, K by 32, two stages. a may be stored transposed.
 #include "cuda/ptx/barrier.h"
 #include "cuda/ptx/cp_async.h"
 #include "cuda/ptx/ldmatrix.h"
@@ -35,14 +35,17 @@ __global__ void __launch_bounds__(128) gemm_mma(const __grid_constant__ Gemm g) 
     for (int i = thread; i < TILE * STEP / 8; i += 128) {
       const int row = i / 4, k = k0 + i % 4 * 8;
       bool valid = n0 + row < g.N && k < g.K;
-      cp_async16(shared_address(to_b + row * PITCH + i % 4 * 8), valid ? b + int64_t(n0 + row) * g.K + k : b, valid);
+      cp_async16(shared_address(to_b + row * PITCH + i % 4 * 8),
+                 valid ? b + int64_t(n0 + row) * g.K + k : b, valid);
       if (!g.transposed) {
         valid = m0 + row < g.M && k < g.K;
-        cp_async16(shared_address(to_a + row * PITCH + i % 4 * 8), valid ? a + int64_t(m0 + row) * g.K + k : a, valid);
+        cp_async16(shared_address(to_a + row * PITCH + i % 4 * 8),
+                   valid ? a + int64_t(m0 + row) * g.K + k : a, valid);
       } else {
         const int kt = k0 + i / 8, m = m0 + i % 8 * 8;
         valid = m < g.M && kt < g.K;
-        cp_async16(shared_address(to_a + i / 8 * PITCH_T + i % 8 * 8), valid ? a + int64_t(kt) * g.M + m : a, valid);
+        cp_async16(shared_address(to_a + i / 8 * PITCH_T + i % 8 * 8),
+                   valid ? a + int64_t(kt) * g.M + m : a, valid);
       }
     }
     cp_async_commit();
@@ -54,24 +57,30 @@ __global__ void __launch_bounds__(128) gemm_mma(const __grid_constant__ Gemm g) 
   for (int step = 0; step < steps; step++) {
     if (step + 1 < steps) {
       fetch(step + 1);
-      if (g.bug == NO_WAIT) cp_async_wait<2>();
-      else cp_async_wait<1>();
+      if (g.bug == NO_WAIT)
+        cp_async_wait<2>();
+      else
+        cp_async_wait<1>();
     } else {
       cp_async_wait<0>();
     }
     __syncthreads();
-    const T *from_a = stage_a + step % 2 * TILE * PITCH, *from_b = stage_b + step % 2 * TILE * PITCH;
+    const T *from_a = stage_a + step % 2 * TILE * PITCH,
+            *from_b = stage_b + step % 2 * TILE * PITCH;
 #pragma unroll
     for (int k = 0; k < STEP; k += 16) {
       uint32_t x[4];
       if (g.transposed)
-        ldmatrix_x4_trans(x, shared_address(from_a + (k + lane % 8 + lane / 16 * 8) * PITCH_T + warp * 16 + lane / 8 % 2 * 8));
+        ldmatrix_x4_trans(x, shared_address(from_a + (k + lane % 8 + lane / 16 * 8) * PITCH_T +
+                                            warp * 16 + lane / 8 % 2 * 8));
       else
-        ldmatrix_x4(x, shared_address(from_a + (warp * 16 + lane % 16) * PITCH + k + lane / 16 * 8));
+        ldmatrix_x4(x,
+                    shared_address(from_a + (warp * 16 + lane % 16) * PITCH + k + lane / 16 * 8));
 #pragma unroll
       for (int j = 0; j < 8; j += 2) {
         uint32_t y[4];
-        ldmatrix_x4(y, shared_address(from_b + (j * 8 + lane % 8 + lane / 16 * 8) * PITCH + k + lane / 8 % 2 * 8));
+        ldmatrix_x4(y, shared_address(from_b + (j * 8 + lane % 8 + lane / 16 * 8) * PITCH + k +
+                                      lane / 8 % 2 * 8));
         mma<T>(d[j], x, y[0], y[1]);
         mma<T>(d[j + 1], x, y[2], y[3]);
       }
@@ -87,8 +96,10 @@ __global__ void __launch_bounds__(128) gemm_mma(const __grid_constant__ Gemm g) 
     if (lane % 4 == 0) sums[warp * 16 + lane / 4 + 8 * half] = sum;
   }
   if (g.bug == DIVERGENT && lane < 16) __syncwarp();
-  if (g.bug == HALF_BARRIER && warp == 1) barrier_sync(1, 64);
-  else __syncthreads();
+  if (g.bug == HALF_BARRIER && warp == 1)
+    barrier_sync(1, 64);
+  else
+    __syncthreads();
   const int rows = g.bug == ROW_BEYOND ? g.M + 1 : g.M;
   if (thread < TILE && m0 + thread < g.M) atomicAdd(&g.sums[m0 + thread], sums[thread]);
   for (int j = 0; j < 8; j++)
@@ -101,9 +112,11 @@ __global__ void __launch_bounds__(128) gemm_mma(const __grid_constant__ Gemm g) 
 }  // namespace
 }  // namespace fasttx
 
-extern "C" __attribute__((visibility("default"))) int emulator_gemm_mma(
-    const void* a, const void* b, float* c, float* sums, int M, int N, int K, int is_bf16,
-    int transposed, int bug) {
+extern "C" __attribute__((visibility("default"))) int emulator_gemm_mma(const void* a,
+                                                                        const void* b, float* c,
+                                                                        float* sums, int M, int N,
+                                                                        int K, int is_bf16,
+                                                                        int transposed, int bug) {
   using namespace fasttx;
   const Gemm g = {a, b, c, sums, M, N, K, transposed, bug};
   const dim3 grid((M + TILE - 1) / TILE, (N + TILE - 1) / TILE);

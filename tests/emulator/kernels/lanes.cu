@@ -6,7 +6,21 @@
 namespace fasttx {
 namespace {
 
-enum Case { SHUFFLE_XOR, SHUFFLE_DOWN, SHUFFLE_UP, SHUFFLE_FROM, BALLOT, HALF_MASK, ATOMIC, HANDOFF, MATRIX_STORE, OUTSIDE_SHARED, UNALIGNED, EARLY_EXIT, MIXED };
+enum Case {
+  SHUFFLE_XOR,
+  SHUFFLE_DOWN,
+  SHUFFLE_UP,
+  SHUFFLE_FROM,
+  BALLOT,
+  HALF_MASK,
+  ATOMIC,
+  HANDOFF,
+  MATRIX_STORE,
+  OUTSIDE_SHARED,
+  UNALIGNED,
+  EARLY_EXIT,
+  MIXED
+};
 
 struct Lanes {
   int* out;
@@ -19,12 +33,24 @@ __global__ void lanes(const __grid_constant__ Lanes a) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   int result = 0;
   switch (a.which) {
-    case SHUFFLE_XOR: result = __shfl_xor_sync(~0u, thread, 5); break;
-    case SHUFFLE_DOWN: result = __shfl_down_sync(~0u, thread, 3); break;
-    case SHUFFLE_UP: result = __shfl_up_sync(~0u, thread, 3); break;
-    case SHUFFLE_FROM: result = __shfl_sync(~0u, thread, 7); break;
-    case BALLOT: result = static_cast<int>(__ballot_sync(~0u, lane % 3 == warp)); break;
-    case HALF_MASK: result = lane < 16 ? __shfl_xor_sync(0xffffu, thread, 1) : -1; break;
+    case SHUFFLE_XOR:
+      result = __shfl_xor_sync(~0u, thread, 5);
+      break;
+    case SHUFFLE_DOWN:
+      result = __shfl_down_sync(~0u, thread, 3);
+      break;
+    case SHUFFLE_UP:
+      result = __shfl_up_sync(~0u, thread, 3);
+      break;
+    case SHUFFLE_FROM:
+      result = __shfl_sync(~0u, thread, 7);
+      break;
+    case BALLOT:
+      result = static_cast<int>(__ballot_sync(~0u, lane % 3 == warp));
+      break;
+    case HALF_MASK:
+      result = lane < 16 ? __shfl_xor_sync(0xffffu, thread, 1) : -1;
+      break;
     case ATOMIC:
       if (thread == 0) words[0] = 0;
       __syncthreads();
@@ -49,7 +75,8 @@ __global__ void lanes(const __grid_constant__ Lanes a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     case MATRIX_STORE: {
       const uint32_t base = shared_address(shared) + warp * 512;
-      const uint32_t words4[4] = {uint32_t(lane), uint32_t(lane + 32), uint32_t(lane + 64), uint32_t(lane + 96)};
+      const uint32_t words4[4] = {uint32_t(lane), uint32_t(lane + 32), uint32_t(lane + 64),
+                                  uint32_t(lane + 96)};
       uint32_t back[4];
       stmatrix_x4_trans(base + lane * 16, words4);
       __syncwarp();
@@ -66,12 +93,16 @@ __global__ void lanes(const __grid_constant__ Lanes a) {
       ldmatrix_x2(r, shared_address(shared) + 2048 + 16 * lane);
       break;
     }
-    case UNALIGNED: result = static_cast<int>(load16(a.out + 1).w[0]); break;
+    case UNALIGNED:
+      result = static_cast<int>(load16(a.out + 1).w[0]);
+      break;
     case EARLY_EXIT:
       if (lane == 31) return;
       result = __shfl_xor_sync(~0u, thread, 1);
       break;
-    case MIXED: result = lane < 16 ? __shfl_sync(~0u, thread, 0) : __shfl_xor_sync(~0u, thread, 1); break;
+    case MIXED:
+      result = lane < 16 ? __shfl_sync(~0u, thread, 0) : __shfl_xor_sync(~0u, thread, 1);
+      break;
   }
   a.out[thread] = result;
 }

@@ -5,14 +5,19 @@ namespace fasttx {
 
 inline void cp_async16(uint32_t to, const void* from, bool valid) {
   void* target = emulator::shared_pointer(to, 16, 16);
-  if (reinterpret_cast<uintptr_t>(from) % 16) emulator::fault("cp.async from an address that is not aligned to 16");
+  if (reinterpret_cast<uintptr_t>(from) % 16)
+    emulator::fault("cp.async from an address that is not aligned to 16");
   if (valid) emulator::traffic.read += 16;
   auto copy = [=] {
-    if (valid) memcpy(target, from, 16);
-    else memset(target, 0, 16);
+    if (valid)
+      memcpy(target, from, 16);
+    else
+      memset(target, 0, 16);
   };
-  if (emulator::eager()) copy();
-  else emulator::running->open.push_back(copy);
+  if (emulator::eager())
+    copy();
+  else
+    emulator::running->open.push_back(copy);
 }
 inline void cp_async16(uint32_t to, const void* from) { cp_async16(to, from, true); }
 inline void cp_async_commit() {

@@ -58,7 +58,8 @@ void store4(uint32_t address, const uint32_t (&r)[4], const char* what) {
         for (int half = 0; half < 2; half++) {
           int row, column;
           place<TRANS>(lane, half, row, column);
-          auto* p = static_cast<uint16_t*>(emulator::shared_pointer(in(8 * m + row).address, 16, 16));
+          auto* p =
+              static_cast<uint16_t*>(emulator::shared_pointer(in(8 * m + row).address, 16, 16));
           p[column] = static_cast<uint16_t>(in(lane).r[m] >> 16 * half);
         }
   });
@@ -66,11 +67,23 @@ void store4(uint32_t address, const uint32_t (&r)[4], const char* what) {
 
 }  // namespace matrices
 
-inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) { matrices::load<4, false>(r, address, "ldmatrix.x4"); }
-inline void ldmatrix_x2(uint32_t (&r)[2], uint32_t address) { matrices::load<2, false>(r, address, "ldmatrix.x2"); }
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) { matrices::load<4, true>(r, address, "ldmatrix.x4.trans"); }
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t address) { matrices::load<2, true>(r, address, "ldmatrix.x2.trans"); }
-inline void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) { matrices::store4<false>(address, r, "stmatrix.x4"); }
-inline void stmatrix_x4_trans(uint32_t address, const uint32_t (&r)[4]) { matrices::store4<true>(address, r, "stmatrix.x4.trans"); }
+inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
+  matrices::load<4, false>(r, address, "ldmatrix.x4");
+}
+inline void ldmatrix_x2(uint32_t (&r)[2], uint32_t address) {
+  matrices::load<2, false>(r, address, "ldmatrix.x2");
+}
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
+  matrices::load<4, true>(r, address, "ldmatrix.x4.trans");
+}
+inline void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t address) {
+  matrices::load<2, true>(r, address, "ldmatrix.x2.trans");
+}
+inline void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
+  matrices::store4<false>(address, r, "stmatrix.x4");
+}
+inline void stmatrix_x4_trans(uint32_t address, const uint32_t (&r)[4]) {
+  matrices::store4<true>(address, r, "stmatrix.x4.trans");
+}
 
 }  // namespace fasttx

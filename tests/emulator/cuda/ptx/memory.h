@@ -8,7 +8,8 @@ struct alignas(16) Words {
 };
 
 inline void check_aligned(const void* p, size_t bytes, const char* what) {
-  if (reinterpret_cast<uintptr_t>(p) % bytes) emulator::fault(std::string(what) + " at an address that is not aligned to its size");
+  if (reinterpret_cast<uintptr_t>(p) % bytes)
+    emulator::fault(std::string(what) + " at an address that is not aligned to its size");
 }
 inline Words load16(const void* p) {
   check_aligned(p, 16, "a load of 16 bytes");

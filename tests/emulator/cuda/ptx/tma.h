@@ -23,7 +23,8 @@ void each(const TensorMap& map, uint32_t shared, Coordinates c, Visit visit) {
       offset += at * map.strides[i];
     }
     const uint32_t address = swizzled(shared + position++ * map.bytes, map.swizzle);
-    visit(emulator::shared_pointer(address, map.bytes, map.bytes), inside ? map.data + offset : nullptr);
+    visit(emulator::shared_pointer(address, map.bytes, map.bytes),
+          inside ? map.data + offset : nullptr);
     int i = 0;
     for (; i < 5 && ++index[i] == map.box[i]; i++) index[i] = 0;
     if (i == 5) return;
@@ -50,8 +51,10 @@ inline void load(uint32_t to, const TensorMap* map, uint32_t mbarrier, Coordinat
   emulator::mbarrier(mbarrier);
   emulator::land([to, map = *map, mbarrier, c] {
     each(map, to, c, [&](void* shared, const unsigned char* global) {
-      if (global) memcpy(shared, global, map.bytes), emulator::traffic.read += map.bytes;
-      else memset(shared, 0, map.bytes);
+      if (global)
+        memcpy(shared, global, map.bytes), emulator::traffic.read += map.bytes;
+      else
+        memset(shared, 0, map.bytes);
     });
     emulator::MBarrier& m = emulator::mbarrier(mbarrier);
     m.bytes -= box_bytes(map);
@@ -71,8 +74,10 @@ inline void add(const TensorMap& map, unsigned char* to, const void* from) {
   uint16_t x, y;
   memcpy(&x, to, 2);
   memcpy(&y, from, 2);
-  if (map.element == Element::bf16) x = from_float<bf16>(to_float(bf16{x}) + to_float(bf16{y})).bits;
-  else x = from_float<f16>(to_float(f16{x}) + to_float(f16{y})).bits;
+  if (map.element == Element::bf16)
+    x = from_float<bf16>(to_float(bf16{x}) + to_float(bf16{y})).bits;
+  else
+    x = from_float<f16>(to_float(f16{x}) + to_float(f16{y})).bits;
   memcpy(to, &x, 2);
 }
 
@@ -82,12 +87,16 @@ inline void store(const TensorMap* map, uint32_t from, Coordinates c, int rank, 
     each(map, from, c, [&](const void* shared, unsigned char* global) {
       if (!global) return;
       emulator::traffic.written += map.bytes;
-      if (reduce) add(map, global, shared);
-      else memcpy(global, shared, map.bytes);
+      if (reduce)
+        add(map, global, shared);
+      else
+        memcpy(global, shared, map.bytes);
     });
   };
-  if (emulator::eager()) copy();
-  else emulator::running->bulk_open.push_back(copy);
+  if (emulator::eager())
+    copy();
+  else
+    emulator::running->bulk_open.push_back(copy);
 }
 
 }  // namespace tma
@@ -95,7 +104,8 @@ inline void store(const TensorMap* map, uint32_t from, Coordinates c, int rank, 
 inline void tma_load(uint32_t to, const TensorMap* map, uint32_t mbarrier, int x, int y) {
   tma::load(to, map, mbarrier, {{x, y}}, 2);
 }
-inline void tma_load(uint32_t to, const TensorMap* map, uint32_t mbarrier, int x, int y, int z, int w) {
+inline void tma_load(uint32_t to, const TensorMap* map, uint32_t mbarrier, int x, int y, int z,
+                     int w) {
   tma::load(to, map, mbarrier, {{x, y, z, w}}, 4);
 }
 inline void tma_store(const TensorMap* map, uint32_t from, int x, int y) {

@@ -9,8 +9,10 @@ namespace wgmma {
 // The address of element (outer, inner): outer along M or N, inner along the inner product.
 inline uint32_t element(uint64_t descriptor, bool transposed, int outer, int inner) {
   const uint32_t start = (descriptor & 0x3fff) << 4;
-  const uint32_t leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
-  constexpr Swizzle layouts[] = {Swizzle::none, Swizzle::bytes128, Swizzle::bytes64, Swizzle::bytes32};
+  const uint32_t leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff)
+                                                                      << 4;
+  constexpr Swizzle layouts[] = {Swizzle::none, Swizzle::bytes128, Swizzle::bytes64,
+                                 Swizzle::bytes32};
   const Swizzle swizzle = layouts[descriptor >> 62];
   const uint32_t width = 16u << static_cast<int>(swizzle);  // bytes
   if (swizzle != Swizzle::none && (start & (8 * width - 1) & ~(width - 1)))
@@ -21,7 +23,8 @@ inline uint32_t element(uint64_t descriptor, bool transposed, int outer, int inn
   else if (!transposed)
     offset = outer / 8 * stride + outer % 8 * 16 + inner / 8 * leading + inner % 8 * 2;
   else if (swizzle != Swizzle::none)
-    offset = outer * 2 / width * leading + outer * 2 % width + inner / 8 * stride + inner % 8 * width;
+    offset =
+        outer * 2 / width * leading + outer * 2 % width + inner / 8 * stride + inner % 8 * width;
   else
     offset = outer / 8 * stride + outer % 8 * 2 + inner / 8 * leading + inner % 8 * 16;
   return swizzled(start + offset, swizzle);
@@ -40,14 +43,16 @@ struct Operands {
   int accumulate;
 };
 
-inline emulator::Warpgroup& mine() { return emulator::block.warpgroups[emulator::running->linear / emulator::WARPGROUP]; }
+inline emulator::Warpgroup& mine() {
+  return emulator::block.warpgroups[emulator::running->linear / emulator::WARPGROUP];
+}
 
 // All 128 threads; work(in) runs once.
 template <class In, class Work>
 void together(const char* what, const In& in, Work work) {
   int nothing;
-  emulator::meet(mine().meeting, emulator::running->linear % emulator::WARPGROUP, emulator::WARPGROUP, what, in, nothing,
-                 [&](auto in, auto) { work(in); });
+  emulator::meet(mine().meeting, emulator::running->linear % emulator::WARPGROUP,
+                 emulator::WARPGROUP, what, in, nothing, [&](auto in, auto) { work(in); });
 }
 
 template <class T, int N>
@@ -61,10 +66,11 @@ void multiply(const std::vector<Operands>& lanes, bool trans_a, bool trans_b) {
   if (lanes[0].a)
     for (int warp = 0; warp < 4; warp++)
       unpack_a<T>([&](int lane) { return lanes[32 * warp + lane].a; },
-                  *reinterpret_cast<float(*)[16][16]>(a[16 * warp]));
+                  *reinterpret_cast<float (*)[16][16]>(a[16 * warp]));
   for (int i = 0; i < emulator::WARPGROUP; i++)
     for (int r = 0; r < N / 2; r++) {
-      const int row = i / 32 * 16 + i % 32 / 4 + 8 * (r >> 1 & 1), column = r / 4 * 8 + i % 4 * 2 + (r & 1);
+      const int row = i / 32 * 16 + i % 32 / 4 + 8 * (r >> 1 & 1),
+                column = r / 4 * 8 + i % 4 * 2 + (r & 1);
       float sum = lanes[i].accumulate ? lanes[i].d[r] : 0.0f;
       for (int k = 0; k < 16; k++) sum += a[row][k] * b[column][k];
       lanes[i].d[r] = sum;
@@ -84,8 +90,10 @@ void issue(const Operands& operands, bool trans_a, bool trans_b) {
         emulator::fault("wgmma with operands that differ among the warpgroup's threads");
     }
     auto work = [=] { multiply<T, N>(lanes, trans_a, trans_b); };
-    if (emulator::eager()) work();
-    else group.open.push_back(work);
+    if (emulator::eager())
+      work();
+    else
+      group.open.push_back(work);
   });
 }
 
