@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fasttx.testing import compare
 
-QUICK, ALL = 10, 200
+QUICK, ALL = 20, 200
 FACTOR = 3.0
 
 
