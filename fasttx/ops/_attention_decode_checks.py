@@ -15,20 +15,22 @@ def checked_decode(
     scale, softcap, backend,
 ):  # fmt: skip
     """The inner op's arguments."""
-    check_backend(backend)
+    if backend is not None:
+        check_backend(backend)
     check_float("q", q)
+    device = q.device
     B, H, S, D = _shape("q", q, "[B, H, S, D]")
-    T = _caches(k_cache, v_cache, block_table, B, q.device)
+    T = _caches(k_cache, v_cache, block_table, B, device)
     q = _cast("q", q, k_cache)
-    G, Dk = k_cache.shape[1], k_cache.shape[3]
+    _, G, _, Dk = k_cache.shape
     if D == 0 or Dk != D:
         raise ValueError(
             f"q must have k_cache's head size {Dk}, at least 1, got shape {tuple(q.shape)}"
         )
     if (H % G if G else H) != 0:
         raise ValueError(f"k_cache must have a number of heads that divides q's {H}, got {G}")
-    lengths = _int32("cache_lengths", cache_lengths, (B,), q.device)
-    start = None if cache_start is None else _int32("cache_start", cache_start, (B,), q.device)
+    lengths = _int32("cache_lengths", cache_lengths, (B,), device)
+    start = None if cache_start is None else _int32("cache_start", cache_start, (B,), device)
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal must be True or False, got {is_causal!r}")
     if scale is None:
@@ -44,9 +46,9 @@ def checked_decode(
         right = 0
     slopes = positions = table = lut = None
     if isinstance(position_bias, ALiBi):
-        slopes, positions = _alibi(position_bias, B, H, T, None, q.device)
+        slopes, positions = _alibi(position_bias, B, H, T, None, device)
     elif isinstance(position_bias, RelativePositionBias):
-        table, lut = _relative(position_bias, H, q.device)
+        table, lut = _relative(position_bias, H, device)
     elif position_bias is not None:
         raise TypeError(
             f"position_bias must be fasttx.ALiBi, fasttx.RelativePositionBias or None, got "
@@ -114,32 +116,34 @@ def checked_append(k_cache, v_cache, k, v, cache_lengths, block_table, backend):
 
 
 def _shape(name: str, t: Tensor, form: str) -> tuple[int, ...]:
-    if t.dim() != 4:
-        raise ValueError(f"{name} must be {form}, got shape {tuple(t.shape)}")
-    return tuple(t.shape)
+    shape = t.shape
+    if len(shape) != 4:
+        raise ValueError(f"{name} must be {form}, got shape {tuple(shape)}")
+    return shape
 
 
 def _caches(k_cache, v_cache, block_table, B: int, device: torch.device) -> int:
     """The number of positions that a sequence may have."""
     form = "[B, G, T_max, D]" if block_table is None else "[pages, G, page, D]"
+    check_float("k_cache", k_cache)
+    check_float("v_cache", v_cache)
+    k_shape, v_shape = _shape("k_cache", k_cache, form), _shape("v_cache", v_cache, form)
     for name, t in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_float(name, t)
-        _shape(name, t, form)
         if t.device != device:
             raise ValueError(f"{name} must be on q's device {device}, got {t.device}")
     if v_cache.dtype is not k_cache.dtype:
         raise TypeError(
             f"v_cache must have k_cache's dtype {short(k_cache.dtype)}, got {short(v_cache.dtype)}"
         )
-    if v_cache.shape[:3] != k_cache.shape[:3]:
+    if v_shape[:3] != k_shape[:3]:
         raise ValueError(
             f"v_cache must be {[*k_cache.shape[:3]]} and a head size, as k_cache, got shape "
             f"{tuple(v_cache.shape)}"
         )
     if block_table is None:
-        if k_cache.shape[0] != B:
-            raise ValueError(f"k_cache must have a batch of {B}, got shape {tuple(k_cache.shape)}")
-        return k_cache.shape[2]
+        if k_shape[0] != B:
+            raise ValueError(f"k_cache must have a batch of {B}, got shape {tuple(k_shape)}")
+        return k_shape[2]
     if not isinstance(block_table, Tensor):
         raise TypeError(
             f"block_table must be an int32 tensor [B, n] or None, got {type(block_table).__name__}"
@@ -171,7 +175,7 @@ def _int32(name: str, t, shape: tuple[int, ...], device: torch.device) -> Tensor
         raise TypeError(f"{name} must be an int32 tensor [B], got {type(t).__name__}")
     if t.dtype is not torch.int32:
         raise TypeError(f"{name} must be int32, got {short(t.dtype)}")
-    if tuple(t.shape) != shape:
+    if t.shape != shape:
         raise ValueError(f"{name} must be [{shape[0]}], got shape {tuple(t.shape)}")
     if t.device != device:
         raise ValueError(f"{name} must be on q's device {device}, got {t.device}")

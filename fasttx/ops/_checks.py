@@ -70,6 +70,6 @@ def has_values(t: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(t) is Tensor
-        and t.device.type == "cpu"
+        and t.is_cpu
         and not torch._C._are_functorch_transforms_active()
     )
