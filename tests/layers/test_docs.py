@@ -1,4 +1,4 @@
-"""docs/layers.md: its examples run, and the first one's model is right."""
+"""docs/layers.md: its examples run, and the first one's model is right; README.md's runs too."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,8 @@ import torch
 
 import fasttx
 
-TEXT = (Path(__file__).parents[2] / "docs" / "layers.md").read_text()
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "layers.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
@@ -46,6 +47,13 @@ def test_encoders_of_the_same_parts():
     for part in ("vaswani", "bert"):
         hidden = names["encoder"](names[part](ids), padding_mask=real)
         assert hidden.isfinite().all() and not hidden[0, 5:].any()
+
+
+def test_example_of_the_readme():
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(next(e for e in examples if "fasttx.nn" in e), names)
+    assert names["y"].shape == (2, 64, 256) and not names["y"][1, 24:].any()
 
 
 def test_every_layer_is_named():
