@@ -1,0 +1,75 @@
+"""csrc/cuda as nvcc compiles it: registers, spills and shared memory of every kernel."""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.emulator.build import HERE, ROOT
+
+ARCHS = ("80", "90a")
+SOURCES = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), *sorted(HERE.glob("kernels/*.cu"))]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """One kernel for one architecture, as ptxas reports it. stack, stores, loads: bytes."""
+
+    source: str
+    kernel: str
+    arch: str
+    registers: int
+    stack: int
+    stores: int
+    loads: int
+    shared: int
+
+
+def nvcc() -> str | None:
+    places = [os.environ.get("FASTTX_NVCC"), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    return next((p for p in places if p and os.access(p, os.X_OK)), None)
+
+
+def compiled(source: Path) -> tuple[list[Resources], dict[str, str]]:
+    """Every kernel of a file, and its PTX an architecture. Raises with nvcc's message."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [nvcc(), "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-Xptxas=-v", "--keep"]
+        command += [f"--keep-dir={folder}", "-c", str(source), "-o", f"{folder}/out.o"]
+        command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+        if done.returncode:
+            raise RuntimeError(f"{source.name}: nvcc failed\n{done.stdout}{done.stderr}")
+        ptx = {a: Path(folder, f"{source.stem}.compute_{a}.ptx") for a in ARCHS}
+        return _resources(source.name, done.stderr), {a: p.read_text() for a, p in ptx.items()}
+
+
+def _resources(source: str, log: str) -> list[Resources]:
+    found = []
+    for part in log.split("Compiling entry function ")[1:]:
+        kernel, arch = re.match(r"'(\S+)' for 'sm_(\w+)'", part).groups()
+        numbers = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
+        )
+        registers = re.search(r"Used (\d+) registers", part)
+        shared = re.search(r"(\d+) bytes smem", part)
+        found.append(
+            Resources(
+                source, kernel, arch, int(registers[1]), *map(int, numbers.groups()),
+                int(shared[1]) if shared else 0,
+            )
+        )  # fmt: skip
+    return found
+
+
+@functools.cache
+def everything() -> tuple[list[Resources], dict[tuple[str, str], str]]:
+    """All kernels, and the PTX by (file, architecture)."""
+    with ThreadPoolExecutor(2) as pool:
+        results = dict(zip(SOURCES, pool.map(compiled, SOURCES), strict=True))
+    resources = [r for found, _ in results.values() for r in found]
+    return resources, {(s.name, a): t for s, (_, ptx) in results.items() for a, t in ptx.items()}

@@ -1,0 +1,57 @@
+"""Every CUDA kernel compiled for sm_80 and sm_90a: what it takes of the multiprocessor, and that the
+instructions it is written for are there. The emulator's own kernels too: they hold every header."""
+
+import re
+
+import pytest
+
+from tests.emulator.build import ROOT
+
+from .compiled import ARCHS, everything, nvcc
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(nvcc() is None, reason="no nvcc (FASTTX_NVCC names one)"),
+]
+
+
+def test_nothing_spills():
+    resources, _ = everything()
+    assert {r.arch for r in resources} == set(ARCHS)
+    spilled = [r for r in resources if r.stack or r.stores or r.loads]
+    assert not spilled, "\n".join(map(str, spilled))
+
+
+def test_memory_bound_kernels_leave_room_for_many_threads():
+    """Registers of a thread, at most: with them 512 threads and more fit a multiprocessor."""
+    resources, _ = everything()
+    own = {p.name for p in (ROOT / "csrc/cuda").glob("*.cu")}
+    crowded = [r for r in resources if r.source in own and r.registers > 128]
+    assert not crowded, "\n".join(map(str, crowded))
+    # All shared memory is asked for by the launch.
+    assert not [r for r in resources if r.shared]
+
+
+@pytest.mark.parametrize(
+    ("source", "arch", "instructions"),
+    [
+        ("gemm_mma.cu", "80", ["mma.sync.aligned.m16n8k16", "cp.async.cg", "ldmatrix.sync"]),
+        ("gemm_mma.cu", "80", [".trans.shared.b16", "bar.sync"]),
+        ("gemm_wgmma.cu", "90a", ["wgmma.mma_async.sync.aligned.m64n256k16", "setmaxnreg.dec"]),
+        ("gemm_wgmma.cu", "90a", ["cp.async.bulk.tensor.2d", "mbarrier.try_wait", "cp.reduce"]),
+        ("lanes.cu", "90a", ["stmatrix.sync", "bar.arrive"]),
+        ("add_norm_fwd.cu", "80", ["ld.global.L1::no_allocate.v4.u32", "st.global.v4.u32"]),
+        ("rope.cu", "80", ["ld.global.L1::no_allocate.v4.u32", "cvt.rn.bf16x2.f32"]),
+        ("cross_entropy.cu", "80", ["ld.global.v4.u32", "ex2.approx.ftz.f32"]),
+    ],
+)
+def test_instructions_are_there(source, arch, instructions):
+    text = everything()[1][source, arch]
+    assert not [i for i in instructions if i not in text]
+
+
+def test_no_float_atomics():
+    """Gradients are the same bits in every run."""
+    for (source, _), text in everything()[1].items():
+        if (ROOT / "csrc/cuda" / source).is_file():
+            assert not re.search(r"\b(atom|red)\.", text), source
