@@ -89,7 +89,7 @@ MORE = {
     "head size 128, many queries": (cached(1, 8, 1, S=9, D=128, T=260), {}),
     "head size 256": (cached(1, 2, 1, D=256, Dv=250, T=40), {}),
     "several splits": (cached(2, 2, 1, D=24, T=1700), {}),
-    "several splits of many rows": (cached(1, 4, 1, S=6, D=24, T=3500), {}),
+    "several splits of many rows": (cached(1, 4, 1, S=6, D=24, T=1700), {}),
     "several splits, pages of 7": (cached(1, 2, 1, S=2, D=20, T=1300, page=7), {}),
     "many batches": (cached(11, 2, 2, T=80), {}),
     "not causal": (cached(S=7), {"is_causal": False}),
@@ -268,7 +268,10 @@ def test_threads_do_not_change_bits():
     assert torch.equal(found[0][:1], alone)
 
 
-def test_every_instruction_set():
+@pytest.mark.parametrize(
+    "isa", [pytest.param(i, marks=pytest.mark.slow) for i in ("default", "avx512")] + ["avx2"]
+)
+def test_every_instruction_set(isa):
     code = (
         "import torch, fasttx, sys\ng = torch.Generator().manual_seed(0)\nworst = 0\n"
         "for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
@@ -281,14 +284,13 @@ def test_every_instruction_set():
     )
     if reason := unusable("attention_decode_fwd", "cpu"):
         pytest.skip(reason)
-    for isa in ("default", "avx2", "avx512"):
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env=os.environ | {"FASTTX_CPU_ISA": isa},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, f"{isa}: {done.stderr}"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"FASTTX_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_opcheck():
@@ -407,7 +409,7 @@ def test_a_training_step_sees_that_the_cache_changed():
 def test_large_offsets():
     """Elements of a cache beyond 2^31 from its start, by strides."""
     T = 70
-    memory = torch.zeros(2**31 + 100, dtype=torch.bfloat16)
+    memory = torch.empty(2**31 + 100, dtype=torch.bfloat16)  # its pages are made when touched
     step = 2**31 // (T - 1)
     k_cache = memory.as_strided((1, 1, T, 8), (1, 1, step, 1))
     new = torch.randn(1, 1, T, 8, dtype=torch.bfloat16)
