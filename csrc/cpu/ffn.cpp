@@ -144,36 +144,29 @@ int forward(Forward p) {
   return failed ? FASTTX_NO_MEMORY : FASTTX_OK;
 }
 
-// s [rows of x][LANES], columns n ... : plus bias.
-template <class T>
-void add_bias_columns(float* s, int64_t M, int64_t count, const fasttx_tensor& bias, int64_t n) {
-  if (!bias.data) return;
-  for (int64_t c = 0; c < count; c++) {
-    const float b = bias_at<T>(bias, n + c);
-    for (int64_t m = 0; m < M; m++) s[m * LANES + c] += b;
+// Rows m ... and columns n ... of the hidden layer, s and its gate [rows][LANES], to h in H.
+template <class T, class H>
+void hidden_columns(const Forward& p, float* s, float* gate, int64_t m, int64_t rows, int64_t n,
+                    int64_t count, H* h, int64_t h_row) {
+  const fasttx_ffn& a = p.a;
+  add_bias_columns<T>(s, rows, count, a.b1, n);
+  if (a.keep) put_columns<T>(s, rows, count, matrix(a.pre), m, n);
+  if (gate) {
+    add_bias_columns<T>(gate, rows, count, a.b_gate, n);
+    if (a.keep) put_columns<T>(gate, rows, count, matrix(a.pre_gate), m, n);
   }
-}
-void drop_columns(const Dropout& d, float* s, int64_t M, int64_t n, uint32_t place) {
-  if (!d.threshold) return;
-  uint16_t numbers[LANES > 8 * W ? LANES : 8 * W];
-  for (int64_t m = 0; m < M; m++) {
-    philox_row(d, LANES, (uint32_t)m, place, 0, numbers, (uint32_t)(n / 8));
-    for (int c = 0; c < LANES; c += W) {
-      float* p = s + m * LANES + c;
-      store(p, zero_unless(keep_columns(numbers + c, d.threshold), load(p) * set1(d.keep_scale)));
-    }
-  }
+  apply_activation(a.activation, s, gate, rows, LANES / W);
+  drop_columns(p.hidden, s, rows, m, n, HIDDEN);
+  put_columns<H>(s, rows, count, {h, 0, h_row, 1}, m, n);
 }
 template <class T>
-void put_columns(const float* s, int64_t M, int64_t count, const fasttx_tensor& out, int64_t n) {
-  const Operand to = matrix(out);
-  for (int64_t m = 0; m < M; m++)
-    for (int64_t c = 0; c < count; c += W)
-      store_strided(element<T>(to, m, n + c), to.column, load(s + m * LANES + c),
-                    (int)min64(W, count - c));
+void output_columns(const Forward& p, float* s, int64_t m, int64_t rows, int64_t n, int64_t count) {
+  add_bias_columns<T>(s, rows, count, p.a.b2, n);
+  drop_columns(p.output, s, rows, m, n, OUTPUT);
+  put_columns<T>(s, rows, count, matrix(p.a.out), m, n);
 }
 
-template <class T>
+template <class T, class H>
 int few_forward(const Forward& p) {
   const fasttx_ffn& a = p.a;
   const int64_t M = p.M, x_floats = few_floats(p.dtype(), M, p.K), h_row = padded_units(p.dtype(), p.F);
@@ -181,53 +174,97 @@ int few_forward(const Forward& p) {
   if (!memory) return FASTTX_NO_MEMORY;
   const Broadcast x = pack_few(matrix(a.x), M, p.K, memory);
   const Broadcast h = {memory + x_floats, h_row};
-  const bool pairs = units_of(p.dtype(), 2) == 1;
   __builtin_memset(memory + x_floats, 0, M * h_row * 4);
   parallel_items((p.F + LANES - 1) / LANES, num_workers(), [&](int64_t, int64_t item) {
     const int64_t n = item * LANES, count = min64(LANES, p.F - n);
     alignas(64) float s[FEW * LANES] = {}, gate[FEW * LANES] = {};
     few_rows(s, x, M, matrix(a.w1), n, count, p.K);
-    add_bias_columns<T>(s, M, count, a.b1, n);
-    if (a.keep) put_columns<T>(s, M, count, a.pre, n);
-    if (a.w_gate.data) {
-      few_rows(gate, x, M, matrix(a.w_gate), n, count, p.K);
-      add_bias_columns<T>(gate, M, count, a.b_gate, n);
-      if (a.keep) put_columns<T>(gate, M, count, a.pre_gate, n);
-    }
-    apply_activation(a.activation, s, a.w_gate.data ? gate : nullptr, M, LANES / W);
-    drop_columns(p.hidden, s, M, n, HIDDEN);
-    for (int64_t m = 0; m < M; m++)
-      for (int64_t c = 0; c < count; c += W) {
-        const int here = (int)min64(W, count - c);
-        const vf y = load(s + m * LANES + c);
-        float* row = (float*)h.data + m * h_row;
-        if (pairs) store_strided((bf16*)row + n + c, 1, y, here);
-        else store_strided(row + n + c, 1, y, here);
-      }
+    if (a.w_gate.data) few_rows(gate, x, M, matrix(a.w_gate), n, count, p.K);
+    hidden_columns<T, H>(p, s, a.w_gate.data ? gate : nullptr, 0, M, n, count, (H*)h.data,
+                         h_row * 4 / sizeof(H));
   });
   parallel_items((p.N + LANES - 1) / LANES, num_workers(), [&](int64_t, int64_t item) {
     const int64_t n = item * LANES, count = min64(LANES, p.N - n);
     alignas(64) float s[FEW * LANES] = {};
     few_rows(s, h, M, matrix(a.w2), n, count, p.F);
-    add_bias_columns<T>(s, M, count, a.b2, n);
-    drop_columns(p.output, s, M, n, OUTPUT);
-    put_columns<T>(s, M, count, a.out, n);
+    output_columns<T>(p, s, 0, M, n, count);
   });
   return FASTTX_OK;
 }
+
+// Weights kept transposed, and too few tokens to pay for turning them: the lanes are columns.
+template <class T>
+struct Turned {
+  const Forward& p;
+  T* h;
+  float* gate;
+
+  int run() {
+    const fasttx_ffn& a = p.a;
+    const Operand x = matrix(a.x);
+    const Term one = {x, matrix(a.w1), p.K}, other = {x, matrix(a.w_gate), p.K};
+    const Term two = {{h, p.dtype(), p.F, 1}, matrix(a.w2), p.F};
+    int status = FASTTX_OK;
+    if (gate)
+      status = multiply(
+          &other, 1, p.M, p.F,
+          [](void* t, float* s, int64_t m, int64_t rows, int64_t n, int64_t lanes) {
+            Turned& self = *(Turned*)t;
+            put_columns<float>(s, rows, lanes, {self.gate, 0, self.p.F, 1}, m, n);
+          },
+          this);
+    if (status == FASTTX_OK)
+      status = multiply(
+          &one, 1, p.M, p.F,
+          [](void* t, float* s, int64_t m, int64_t rows, int64_t n, int64_t lanes) {
+            Turned& self = *(Turned*)t;
+            alignas(64) float gate[STRIP * LANES];
+            for (int64_t r = 0; self.gate && r < rows; r++)
+              for (int64_t l = 0; l < lanes; l += W)
+                store(gate + r * LANES + l,
+                      load_strided(self.gate + (m + r) * self.p.F + n + l, 1, (int)min64(W, lanes - l)));
+            hidden_columns<T, T>(self.p, s, self.gate ? gate : nullptr, m, rows, n, lanes, self.h,
+                                 self.p.F);
+          },
+          this);
+    if (status == FASTTX_OK)
+      status = multiply(
+          &two, 1, p.M, p.N,
+          [](void* t, float* s, int64_t m, int64_t rows, int64_t n, int64_t lanes) {
+            output_columns<T>(((Turned*)t)->p, s, m, rows, n, lanes);
+          },
+          this);
+    return status;
+  }
+};
+template <class T>
+int turned_forward(const Forward& p) {
+  const int64_t size = round_up(p.M * p.F, 64);
+  float* memory = (float*)scratch(SCRATCH_HEAD, size * (4 + sizeof(T)) + 64);
+  if (!memory) return FASTTX_NO_MEMORY;
+  Turned<T> t = {p, (T*)(memory + size), p.a.w_gate.data ? memory : nullptr};
+  return t.run();
+}
+
+bool turned(const fasttx_tensor& w) { return w.strides[0] == 1 && w.strides[1] != 1; }
 
 }  // namespace
 
 int ffn_fwd(const fasttx_ffn& a) {
   Forward p = {a, make_dropout(a.hidden_dropout_p, a.seed), make_dropout(a.dropout_p, a.seed),
                a.x.sizes[0], a.x.sizes[1], a.w1.sizes[0], a.w2.sizes[0], 0, {}, {}, {}};
-  const bool rows = a.w1.strides[1] == 1 && a.w2.strides[1] == 1 &&
+  const bool rows = p.F >= FEWEST && p.N >= FEWEST && a.w1.strides[1] == 1 && a.w2.strides[1] == 1 &&
                     (!a.w_gate.data || a.w_gate.strides[1] == 1);
   int status = FASTTX_OK;
   if (p.M == 0) return status;
   with_type(a.x.dtype, [&](auto t) {
     typedef decltype(t) T;
-    status = p.M <= FEW && rows ? few_forward<T>(p) : forward<T>(p);
+    if (p.M <= FEW && rows)
+      status = units_of(a.x.dtype, 2) == 1 ? few_forward<T, bf16>(p) : few_forward<T, float>(p);
+    else if (p.M <= TURNED_FEW && turned(a.w1) && turned(a.w2))
+      status = turned_forward<T>(p);
+    else
+      status = forward<T>(p);
   });
   return status;
 }

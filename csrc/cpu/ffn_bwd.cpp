@@ -33,6 +33,17 @@ void hidden_gradients(void* context, float* s, int64_t m, int64_t rows, int64_t 
     for (int64_t r = 0; r < rows; r++) {
       if (p.hidden.threshold)
         philox_row(p.hidden, lanes, (uint32_t)(p.first + m + r), HIDDEN, 0, numbers, (uint32_t)(f / 8));
+      // The next strip's lines, which lie a row apart.
+      for (int64_t c = 0; c < LANES; c += 64 / (int64_t)sizeof(T)) {
+        const int64_t next = (m + r + STRIP) * p.F + f + c;
+        __builtin_prefetch(element<const T>(p.pre, m + r + STRIP, f + c));
+        __builtin_prefetch(p.dpre + next, 1);
+        if (p.h) __builtin_prefetch(p.h + next, 1);
+        if (p.gate.data) {
+          __builtin_prefetch(element<const T>(p.gate, m + r + STRIP, f + c));
+          __builtin_prefetch(p.dgate + next, 1);
+        }
+      }
       for (int64_t l = 0; l < lanes; l += W) {
         const int here = (int)min64(W, lanes - l);
         const int64_t at = (m + r) * p.F + f + l;

@@ -6,6 +6,8 @@
 namespace fasttx::FASTTX_ISA {
 namespace {
 
+constexpr int64_t LINE = 16;  // units of a cache line
+
 bool pairs(int32_t dtype) { return has_dpbf16 && dtype == FASTTX_BF16; }
 
 template <class T>
@@ -15,14 +17,26 @@ constexpr bool PAIRS<bf16> = has_dpbf16;
 
 template <class T, int WIDTH>
 void pack_block(const Operand& b, int64_t j, int64_t lanes, int64_t K, float* out) {
-  const T* src = element<const T>(b, j, 0);
   constexpr int VECTORS = WIDTH / W;
-  if constexpr (PAIRS<T>) {
-    if (b.column == 1) pack_lanes_pairs<VECTORS>(src, b.row, 1, lanes, K, (vi*)out);
-    else pack_row_pairs(src, b.column, b.row, K, lanes, WIDTH, (bf16*)out);
-  } else {
-    if (b.column == 1) pack_lanes<VECTORS>(src, b.row, int64_t{1}, lanes, K, (vf*)out);
-    else pack_rows(src, b.column, b.row, K, lanes, WIDTH, out);
+  constexpr int64_t AHEAD = 16;
+  const T* src = element<const T>(b, j, 0);
+  if (b.column == 1) {
+    if constexpr (PAIRS<T>) pack_lanes_pairs<VECTORS>(src, b.row, 1, lanes, K, (vi*)out);
+    else pack_lanes<VECTORS>(src, b.row, int64_t{1}, lanes, K, (vf*)out);
+    return;
+  }
+  // A few lines of each k, far from those of the next.
+  for (int64_t k = 0; k < K; k += AHEAD) {
+    const T* from = src + k * b.column;
+    if (b.row == 1)
+      for (int64_t n = AHEAD; n < 2 * AHEAD; n++)
+        for (int64_t c = 0; c < WIDTH * (int64_t)sizeof(T); c += 64)
+          __builtin_prefetch((const char*)(from + n * b.column) + c);
+    const int64_t here = min64(AHEAD, K - k);
+    if constexpr (PAIRS<T>)
+      pack_row_pairs(from, b.column, b.row, here, lanes, WIDTH, (bf16*)(out + k / 2 * WIDTH));
+    else
+      pack_rows(from, b.column, b.row, here, lanes, WIDTH, out + k * WIDTH);
   }
 }
 
@@ -62,8 +76,14 @@ FASTTX_NOINLINE void tiles(float* s, const float* a, int64_t row, int64_t rows, 
                            int64_t width, int64_t units, bool add) {
   int64_t r = 0;
   for (; r + R <= rows; r += R) {
-    vf c[R][V];
-    product<U>(c, a + r * row, row, 1, lanes, width, units);
+    vf c[R][V] = {};
+    const float* from = a + r * row;
+    for (int64_t p = 0; p < units; p += LINE) {
+      // The rows of the next tile, a line at a time: they come from far away.
+      FASTTX_UNROLL(16)
+      for (int next = R; next < 2 * R; next++) __builtin_prefetch(from + next * row + p);
+      add_product<U>(c, from + p, row, 1, lanes + p * width, width, min64(LINE, units - p));
+    }
     put(c, s + r * LANES, LANES, !add);
   }
   for (; r < rows; r++) {
@@ -197,6 +217,8 @@ void put_total(const Total& c, float* s, int64_t i, int64_t rows, int64_t j, int
                int64_t J) {
   for (int64_t r = 0; r < rows; r++) {
     T* out = (T*)c.out + (i + r) * c.row + j * c.column;
+    for (int64_t l = 0; l < LANES * (int64_t)sizeof(T); l += 64)
+      __builtin_prefetch((const char*)(out + STRIP * c.row) + l, 1);
     float* sum = c.sum + (i + r) * J + j;
     for (int64_t l = 0; l < lanes; l += W) {
       const int n = (int)min64(W, lanes - l);
@@ -231,16 +253,23 @@ int add_rows(const Operand& a, int64_t M, int64_t N, const Total& total) {
   constexpr int64_t COLUMNS = 64;
   parallel_items((N + COLUMNS - 1) / COLUMNS, num_workers(), [&](int64_t, int64_t item) {
     const int64_t n0 = item * COLUMNS, n = min64(COLUMNS, N - n0);
-    // Four sums, so that long ones lose little.
-    alignas(64) float s[4][COLUMNS] = {};
+    alignas(64) float sum[COLUMNS] = {};
     with_type(a.dtype, [&](auto t) {
-      for (int64_t m = 0; m < M; m++)
+      // Sums of pairs of pairs, so that long ones lose little.
+      for (int64_t m = 0; m < M; m += 32)
         for (int64_t c = 0; c < n; c += W) {
-          float* to = s[m & 3] + c;
-          store(to, load(to) + load_strided(element<const decltype(t)>(a, m, n0 + c), a.column, (int)min64(W, n - c)));
+          const int here = (int)min64(W, n - c);
+          vf part[32];
+          for (int64_t r = 0; r < 32; r++)
+            part[r] = m + r < M ? load_strided(element<const decltype(t)>(a, m + r, n0 + c), a.column, here)
+                                : vf{};
+          FASTTX_UNROLL(5)
+          for (int half = 16; half > 0; half /= 2)
+            for (int r = 0; r < half; r++) part[r] += part[r + half];
+          store(sum + c, load(sum + c) + part[0]);
         }
       for (int64_t c = 0; c < n; c++) {
-        float x = (s[0][c] + s[1][c]) + (s[2][c] + s[3][c]);
+        float x = sum[c];
         if (!total.first) x += total.sum[n0 + c];
         if (total.last) from_float(x, (decltype(t)*)total.out + (n0 + c) * total.column);
         else total.sum[n0 + c] = x;
@@ -277,56 +306,79 @@ struct Dot {
   }
 };
 
-// s[t][r] of R rows of w and TOKENS rows of x, R * TOKENS = W sums whose lanes are added at the end.
-template <class T, int R, int TOKENS>
-FASTTX_INLINE void dots(float* s, const Broadcast& x, const T* w, int64_t row, int64_t K) {
+// Of R rows of w and TOKENS rows of x, UNROLL neighbours in K apart: W sums, whose lanes are added
+// at the end. c continues what an earlier part of K left in `parts`.
+template <class T, int R, int TOKENS, int UNROLL>
+FASTTX_INLINE void dots(vf* parts, bool first, const float* x, int64_t x_row, const T* w,
+                        int64_t row, int64_t K) {
   typedef Dot<T> D;
-  vf c[R * TOKENS] = {};
+  vf c[W];
+  FASTTX_UNROLL(16)
+  for (int i = 0; i < W; i++) c[i] = first ? vf{} : parts[i];
   int64_t k = 0;
-  const float* from = x.data;
-  for (; k + D::PER <= K; k += D::PER, from += W) {
-    decltype(D::tokens(from)) y[TOKENS];
-    FASTTX_UNROLL(16)
-    for (int t = 0; t < TOKENS; t++) y[t] = D::tokens(from + t * x.row);
-    FASTTX_UNROLL(16)
-    for (int r = 0; r < R; r++) {
-      const auto v = D::weights(w + r * row + k);
+  for (; k + UNROLL * D::PER <= K; k += UNROLL * D::PER, x += UNROLL * W) {
+    FASTTX_UNROLL(4)
+    for (int u = 0; u < UNROLL; u++) {
+      decltype(D::tokens(x)) y[TOKENS];
       FASTTX_UNROLL(16)
-      for (int t = 0; t < TOKENS; t++) c[t * R + r] = D::mac(c[t * R + r], y[t], v);
+      for (int t = 0; t < TOKENS; t++) y[t] = D::tokens(x + t * x_row + u * W);
+      FASTTX_UNROLL(16)
+      for (int r = 0; r < R; r++) {
+        const T* from = w + r * row + k + u * D::PER;
+        __builtin_prefetch(from + R * row);
+        const auto v = D::weights(from);
+        FASTTX_UNROLL(16)
+        for (int t = 0; t < TOKENS; t++) {
+          vf& sum = c[(t * R + r) * UNROLL + u];
+          sum = D::mac(sum, y[t], v);
+        }
+      }
     }
   }
-  if (k < K)
+  for (; k < K; k += D::PER, x += W)
     for (int r = 0; r < R; r++) {
-      const auto v = D::tail(w + r * row + k, (int)(K - k));
-      for (int t = 0; t < TOKENS; t++)
-        c[t * R + r] = D::mac(c[t * R + r], D::tokens(from + t * x.row), v);
+      const T* from = w + r * row + k;
+      const auto v = k + D::PER <= K ? D::weights(from) : D::tail(from, (int)(K - k));
+      for (int t = 0; t < TOKENS; t++) {
+        vf& sum = c[(t * R + r) * UNROLL];
+        sum = D::mac(sum, D::tokens(x + t * x_row), v);
+      }
     }
-  transpose(c);
-  FASTTX_UNROLL(4)
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; i++) c[i] += c[i + half];
-  alignas(64) float sums[W];
-  store(sums, c[0]);
-  for (int t = 0; t < TOKENS; t++)
-    for (int r = 0; r < R; r++) s[t * LANES + r] = sums[t * R + r];
+  FASTTX_UNROLL(16)
+  for (int i = 0; i < W; i++) parts[i] = c[i];
 }
 
 template <class T, int TOKENS>
 FASTTX_NOINLINE void few_tokens(float* s, const Broadcast& x, const T* w, int64_t row, int64_t count,
                                 int64_t K) {
   if constexpr (TOKENS <= W) {
-    constexpr int R = W / TOKENS;
-    int64_t n = 0;
-    for (; n + R <= count; n += R) dots<T, R, TOKENS>(s + n, x, w + n * row, row, K);
-    // The last rows again, with those before them.
-    if (n < count && count >= R) {
-      n = count - R;
-      dots<T, R, TOKENS>(s + n, x, w + n * row, row, K);
-    } else {
-      for (; n < count; n++) {
-        alignas(64) float all[LANES * TOKENS];
-        dots<T, R, TOKENS>(all, x, w + n * row, 0, K);
-        for (int t = 0; t < TOKENS; t++) s[t * LANES + n] = all[t * LANES];
+    constexpr int UNROLL = TOKENS >= 4 || W / TOKENS < 4 ? 1 : W / TOKENS / 4, R = W / TOKENS / UNROLL;
+    // Rows done together, and the part of K for which their x stay in the first level cache.
+    constexpr int64_t TOGETHER = 8 * R, PART = (int64_t)Dot<T>::PER * 32 * (TOKENS >= 4 ? 1 : 8 / TOKENS);
+    for (int64_t n = 0; n < count; n += TOGETHER) {
+      const int64_t end = min64(count, n + TOGETHER);
+      vf parts[TOGETHER / R][W];
+      // The last rows of an odd count are done with those before them, or one by one.
+      const int64_t tiles = (end - n + R - 1) / R;
+      const auto first_row = [&](int64_t tile) { return min64(n + tile * R, max64(0, end - R)); };
+      for (int64_t k = 0; k < K || k == 0; k += PART)
+        for (int64_t t = 0; t < tiles; t++)
+          dots<T, R, TOKENS, UNROLL>(parts[t], k == 0, x.data + k / Dot<T>::PER * W, x.row,
+                                     w + first_row(t) * row + k, row, min64(PART, K - k));
+      for (int64_t tile = 0; tile < tiles; tile++) {
+        vf* c = parts[tile];
+        transpose(c);
+        FASTTX_UNROLL(4)
+        for (int half = W / 2; half > 0; half /= 2)
+          for (int i = 0; i < half; i++) c[i] += c[i + half];
+        alignas(64) float sums[W];
+        store(sums, c[0]);
+        for (int t = 0; t < TOKENS; t++)
+          for (int r = 0; r < R; r++) {
+            float sum = sums[(t * R + r) * UNROLL];
+            for (int u = 1; u < UNROLL; u++) sum += sums[(t * R + r) * UNROLL + u];
+            s[t * LANES + first_row(tile) + r] = sum;
+          }
       }
     }
   }
@@ -347,6 +399,15 @@ Broadcast pack_few(const Operand& x, int64_t M, int64_t K, float* memory) {
 
 void few_rows(float* s, const Broadcast& x, int64_t M, const Operand& w, int64_t n, int64_t count,
               int64_t K) {
+  if (count < FEWEST) {
+    // Together with the rows before them.
+    float more[FEW * LANES];
+    const int64_t extra = FEWEST - count;
+    few_rows(more, x, M, w, n - extra, FEWEST, K);
+    for (int64_t m = 0; m < M; m++)
+      for (int64_t c = 0; c < count; c++) s[m * LANES + c] = more[m * LANES + extra + c];
+    return;
+  }
   with_type(w.dtype, [&](auto t) {
     typedef decltype(t) T;
     const T* rows = element<const T>(w, n, 0);

@@ -86,8 +86,8 @@ int multiply_into(const Term* terms, int count, int64_t I, int64_t J, const Tota
 int add_rows(const Operand& a, int64_t M, int64_t N, const Total& total);
 
 // For a few rows x [M], M <= FEW: s [M][LANES] = x times rows n .. n + count - 1 of w, which lie
-// contiguous. x comes from pack_few.
-constexpr int64_t FEW = 12;
+// contiguous; w has FEWEST rows at least. x comes from pack_few.
+constexpr int64_t FEW = 12, FEWEST = 4;
 Broadcast pack_few(const Operand& x, int64_t M, int64_t K, float* memory);
 int64_t few_floats(int32_t dtype, int64_t M, int64_t K);
 void few_rows(float* s, const Broadcast& x, int64_t M, const Operand& w, int64_t n, int64_t count,

@@ -17,34 +17,27 @@ void finish(void* context, float* s, int64_t n, int64_t rows, int64_t m, int64_t
   put_transposed<T>(s, rows, lanes, a.out, a.residual, m, n);
 }
 
+// The same of a strip whose lanes are columns.
+template <class T>
+void finish_columns(void* context, float* s, int64_t m, int64_t rows, int64_t n, int64_t count) {
+  const fasttx_linear& a = *(const fasttx_linear*)context;
+  add_bias_columns<T>(s, rows, count, a.bias, n);
+  if (a.keep) put_columns<T>(s, rows, count, matrix(a.pre), m, n);
+  apply_activation(a.activation, s, nullptr, rows, LANES / W);
+  add_columns<T>(s, rows, count, matrix(a.residual), m, n);
+  put_columns<T>(s, rows, count, matrix(a.out), m, n);
+}
+
 template <class T>
 int few_forward(const fasttx_linear& a, int64_t M, int64_t N, int64_t K) {
   float* memory = (float*)scratch(SCRATCH_SHARED, few_floats(a.x.dtype, M, K) * 4 + 64);
   if (!memory) return FASTTX_NO_MEMORY;
   const Broadcast x = pack_few(matrix(a.x), M, K, memory);
-  const Operand weight = matrix(a.weight), out = matrix(a.out), pre = matrix(a.pre);
-  const Operand residual = matrix(a.residual);
   parallel_items((N + LANES - 1) / LANES, num_workers(), [&](int64_t, int64_t item) {
     const int64_t n = item * LANES, count = min64(LANES, N - n);
-    alignas(64) float s[FEW * LANES];
-    few_rows(s, x, M, weight, n, count, K);
-    if (a.bias.data)
-      for (int64_t c = 0; c < count; c++) {
-        const float b = bias_at<T>(a.bias, n + c);
-        for (int64_t m = 0; m < M; m++) s[m * LANES + c] += b;
-      }
-    with_activation(a.activation, [&](auto tag) {
-      for (int64_t m = 0; m < M; m++)
-        for (int64_t c = 0; c < count; c += W) {
-          const int here = (int)min64(W, count - c);
-          const vf z = load(s + m * LANES + c);
-          if (a.keep) store_strided(element<T>(pre, m, n + c), pre.column, z, here);
-          vf y = activate<decltype(tag)::value>(z);
-          if (residual.data)
-            y += load_strided(element<const T>(residual, m, n + c), residual.column, here);
-          store_strided(element<T>(out, m, n + c), out.column, y, here);
-        }
-    });
+    alignas(64) float s[FEW * LANES] = {};
+    few_rows(s, x, M, matrix(a.weight), n, count, K);
+    finish_columns<T>((void*)&a, s, 0, M, n, count);
   });
   return FASTTX_OK;
 }
@@ -114,8 +107,11 @@ int linear_fwd(const fasttx_linear& a) {
   int status = FASTTX_OK;
   with_type(a.x.dtype, [&](auto t) {
     typedef decltype(t) T;
-    if (M <= FEW && a.weight.strides[1] == 1) {
+    if (M <= FEW && N >= FEWEST && a.weight.strides[1] == 1) {
       status = few_forward<T>(a, M, N, K);
+    } else if (M <= TURNED_FEW && a.weight.strides[0] == 1 && a.weight.strides[1] != 1) {
+      const Term term = {matrix(a.x), matrix(a.weight), K};
+      status = multiply(&term, 1, M, N, finish_columns<T>, (void*)&a);
     } else {
       const Term term = {matrix(a.weight), matrix(a.x), K};
       status = multiply(&term, 1, N, M, finish<T>, (void*)&a);

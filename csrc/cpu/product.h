@@ -39,11 +39,8 @@ constexpr int TILE_ROWS = W == 8 ? 6 : 4, TILE_VECS = W == 16 ? 4 : 2;
 constexpr int STRIP = W == 8 ? 24 : 16;
 
 template <class U, int R, int V>
-FASTTX_INLINE void product(vf (&c)[R][V], const float* a, int64_t row, int64_t step, const float* b,
-                           int64_t width, int64_t units) {
-  FASTTX_UNROLL(16)
-  for (int r = 0; r < R; r++) FASTTX_UNROLL(4)
-  for (int v = 0; v < V; v++) c[r][v] = vf{};
+FASTTX_INLINE void add_product(vf (&c)[R][V], const float* a, int64_t row, int64_t step,
+                               const float* b, int64_t width, int64_t units) {
   FASTTX_UNROLL(2)
   for (int64_t p = 0; p < units; p++) {
     typename U::vec x[V];
@@ -56,6 +53,14 @@ FASTTX_INLINE void product(vf (&c)[R][V], const float* a, int64_t row, int64_t s
       for (int v = 0; v < V; v++) c[r][v] = U::mac(c[r][v], x[v], y);
     }
   }
+}
+template <class U, int R, int V>
+FASTTX_INLINE void product(vf (&c)[R][V], const float* a, int64_t row, int64_t step, const float* b,
+                           int64_t width, int64_t units) {
+  FASTTX_UNROLL(16)
+  for (int r = 0; r < R; r++) FASTTX_UNROLL(4)
+  for (int v = 0; v < V; v++) c[r][v] = vf{};
+  add_product<U>(c, a, row, step, b, width, units);
 }
 
 // out [R][V vectors], `ld` floats apart: overwritten, or added to.

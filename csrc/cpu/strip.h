@@ -86,6 +86,51 @@ inline void put_transposed(const float* s, int64_t rows, int64_t lanes, const fa
     }
 }
 
+// The same where rows are tokens m ... and lanes are columns n ...: of few tokens, and where weights
+// are kept transposed and there are not many.
+constexpr int64_t TURNED_FEW = 256;
+template <class T>
+inline void add_bias_columns(float* s, int64_t rows, int64_t count, const fasttx_tensor& bias,
+                             int64_t n) {
+  if (!bias.data) return;
+  for (int64_t c = 0; c < count; c += W) {
+    const vf b = load_strided((const T*)bias.data + (n + c) * bias.strides[0], bias.strides[0],
+                              (int)min64(W, count - c));
+    for (int64_t r = 0; r < rows; r++) store(s + r * LANES + c, load(s + r * LANES + c) + b);
+  }
+}
+inline void drop_columns(const Dropout& d, float* s, int64_t rows, int64_t m, int64_t n,
+                         uint32_t place) {
+  if (!d.threshold) return;
+  uint16_t numbers[LANES > 8 * W ? LANES : 8 * W];
+  for (int64_t r = 0; r < rows; r++) {
+    philox_row(d, LANES, (uint32_t)(m + r), place, 0, numbers, (uint32_t)(n / 8));
+    for (int c = 0; c < LANES; c += W) {
+      float* p = s + r * LANES + c;
+      store(p, zero_unless(keep_columns(numbers + c, d.threshold), load(p) * set1(d.keep_scale)));
+    }
+  }
+}
+template <class T>
+inline void put_columns(const float* s, int64_t rows, int64_t count, const Operand& to, int64_t m,
+                        int64_t n) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = 0; c < count; c += W)
+      store_strided(element<T>(to, m + r, n + c), to.column, load(s + r * LANES + c),
+                    (int)min64(W, count - c));
+}
+template <class T>
+inline void add_columns(float* s, int64_t rows, int64_t count, const Operand& from, int64_t m,
+                        int64_t n) {
+  if (!from.data) return;
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = 0; c < count; c += W) {
+      float* p = s + r * LANES + c;
+      store(p, load(p) + load_strided(element<const T>(from, m + r, n + c), from.column,
+                                      (int)min64(W, count - c)));
+    }
+}
+
 // Rows of a chunk of the backward, whose copies of `columns` columns stay bounded.
 inline int64_t chunk_rows(int64_t columns) {
   return max64(256, min64(4096, ((int64_t)1 << 22) / max64(1, columns) / LANES * LANES));
