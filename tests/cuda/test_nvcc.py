@@ -1,5 +1,6 @@
-"""Every CUDA kernel compiled for sm_80 and sm_90a: what it takes of the multiprocessor, and that the
-instructions it is written for are there. The emulator's own kernels too: they hold every header."""
+"""Every CUDA kernel compiled for sm_80 and sm_90a: what it takes of the multiprocessor, and that
+the instructions it is written for are there. The emulator's own kernels too: they hold every
+header."""
 
 import re
 

@@ -33,6 +33,7 @@ void* scheduler_stack = nullptr;
 std::vector<char*> stacks;
 const std::function<void()>* body = nullptr;
 std::mutex one_launch;
+int launches_until_refusal = 0;  // 0: none is refused
 struct Fault {};  // of work that no thread does itself
 
 extern "C" void fasttx_emulator_switch(void** from, void* to);
@@ -307,6 +308,7 @@ int run(const Launch& launch, const std::function<void()>& kernel) {
     message = text;
     return 1;
   };
+  if (launches_until_refusal && --launches_until_refusal == 0) return refuse("refused, as asked");
   if (threads == 0 || threads > 1024)
     return refuse("a block of " + std::to_string(threads) + " threads");
   if (!g.x || !g.y || !g.z || g.x > 2147483647u || g.y > 65535 || g.z > 65535)
@@ -353,6 +355,8 @@ EXPORT void emulator_configure(int eager, uint32_t seed) {
   emulator::eager_mode = eager;
   emulator::seed = seed;
 }
+// The n-th launch from now fails.
+EXPORT void emulator_refuse(int n) { emulator::launches_until_refusal = n; }
 EXPORT const char* emulator_error() { return emulator::message.c_str(); }
 EXPORT void emulator_traffic(emulator::Traffic* out) {
   *out = emulator::traffic;

@@ -1,0 +1,55 @@
+"""A launch that fails is an error that names the kernel and the shapes."""
+
+import pytest
+import torch
+
+import fasttx
+
+from .emulated import library
+
+X, W = torch.randn(6, 40).bfloat16(), torch.randn(40).bfloat16()
+Q, ANGLES = torch.randn(1, 2, 3, 16).bfloat16(), torch.randn(3, 16)
+LOGITS, TARGET = torch.randn(4, 50).bfloat16(), torch.tensor([1, 2, 3, 4])
+
+
+def add_norm():
+    # sum() hands back an expanded gradient: rows, columns and what adds the parts.
+    x, w = X.clone().requires_grad_(), W.clone().requires_grad_()
+    fasttx.add_norm(x, weight=w, backend="cuda").sum().backward()
+
+
+def rope():
+    q = Q.clone().requires_grad_()
+    fasttx.rope(q, Q, ANGLES, ANGLES, backend="cuda")[0].sum().backward()
+
+
+def cross_entropy(**options):
+    x = LOGITS.clone().requires_grad_()
+    fasttx.cross_entropy(x, TARGET, backend="cuda", **options).mul(2).backward()
+
+
+def in_place():
+    x = LOGITS.clone().requires_grad_()
+    fasttx.cross_entropy(x * 1, TARGET, backend="cuda", inplace_grad=True).mul(2).backward()
+
+
+@pytest.mark.parametrize(
+    ("call", "kernels"),
+    [
+        (add_norm, ["add_norm_fwd", *["add_norm_bwd"] * 3]),
+        (rope, ["rope_fwd", "rope_bwd"]),
+        (cross_entropy, [*["cross_entropy_fwd"] * 3, "cross_entropy_bwd"]),
+        (in_place, [*["cross_entropy_inplace"] * 3, "cross_entropy_rescale"]),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+def test_every_launch_is_checked(call, kernels):
+    for launch, kernel in enumerate(kernels):
+        library().emulator_refuse(launch + 1)
+        with pytest.raises(RuntimeError, match=rf"fasttx {kernel} \(CUDA\) on \[.*\]: refused"):
+            call()
+    # One more than there are: nothing fails, and nothing is left behind.
+    library().emulator_refuse(len(kernels) + 1)
+    call()
+    library().emulator_refuse(0)
+    call()

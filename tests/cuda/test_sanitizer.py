@@ -1,0 +1,16 @@
+"""The kernels in the emulator under AddressSanitizer: no access outside a tensor's memory."""
+
+import pytest
+
+from tests.emulator.test_sanitizer import sanitized
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("op", ["add_norm", "rope", "cross_entropy"])
+def test_the_kernels_are_clean(op):
+    done = sanitized(
+        "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", "not slow",
+        f"tests/cuda/test_{op}.py",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
