@@ -44,7 +44,7 @@ def work(
         case=f"{heads}x{tokens}x{head_dim} causal, " + (f"pool {pool}" if pool else "one head"),
         contenders={"eager": full, "fasttx": ours},
         flops={"forward": 2 * seen * tokens * tokens * head_dim},
-        shape={"heads": heads, "tokens": tokens}, features={"pool": pool or 0},
+        shape={"heads": heads, "queries": tokens, "keys": tokens}, features={"pool": pool or 0},
     )  # fmt: skip
 
 

@@ -73,7 +73,9 @@ def _exact_lse(call: tuple) -> Tensor:
     return attention_math(*inner, compute=torch.float64)[1]
 
 
-def function(case, backend: str | None, choice: dict, compute: torch.dtype | None = None):
+def function(case, backend, choice: dict, compute: torch.dtype | None = None, early=False):
+    """early: the scale is applied to the query, as PyTorch's own attention does."""
+
     def call(query, key, lse, **inputs):
         options = _options(case, inputs)
         if compute is None:
@@ -83,6 +85,8 @@ def function(case, backend: str | None, choice: dict, compute: torch.dtype | Non
         (q, k, _, mask, table), (slopes, positions, lut, *_), scalars, leading = inner
         scale, softcap, _, *band = scalars
         B, H, S, _ = q.shape
+        if early:
+            q, scale = q.to(compute) * scale, 1.0
         if compute is torch.float64:  # the full softmax
             lse = _exact_lse(inner)
         heads, rows = (
@@ -143,9 +147,13 @@ def test_against_fp64(name, dtype, case, choice):
         choice = "pooled"
     picked = choices(case)[choice]
     inputs = {n: t for n, t in case.inputs.items() if n != "value"} | {"lse": lse_of(case, dtype)}
+    plain = (
+        function(case, None, picked, dtype),
+        function(case, None, picked, torch.float32),
+        function(case, None, picked, torch.float32, early=True),
+    )
     check(
-        function(case, name, picked), function(case, None, picked, torch.float64),
-        (function(case, None, picked, dtype), function(case, None, picked, torch.float32)), inputs,
+        function(case, name, picked), function(case, None, picked, torch.float64), plain, inputs,
         dtype=dtype, keep=(*case.keep, "lse"),
         layouts={n: v for n, v in case.layouts.items() if n in inputs},
     )  # fmt: skip
