@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import fasttx
+from fasttx import native
+from fasttx.op import OPS
 
 from .emulated import library
 
@@ -53,3 +55,13 @@ def test_every_launch_is_checked(call, kernels):
     call()
     library().emulator_refuse(0)
     call()
+
+
+@pytest.mark.parametrize("op", ["add_norm_fwd", "rope_bwd", "cross_entropy_inplace"])
+def test_a_library_without_them_says_so(op):
+    (kernel,) = (k for k in OPS[op].tables["cuda"] if k.backend == "cuda")
+    reason = kernel.unavailable()
+    if native.has_cuda_kernels():
+        assert reason is None
+    elif native.unavailable() is None:
+        assert reason.startswith("libfasttx was built without the CUDA C++ kernels")
