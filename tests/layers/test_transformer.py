@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import fasttx.layers as fnn
 from fasttx.testing import recorded_calls
 
-from .compare import configurations, same, twin
+from .compare import configurations, run, same, twin
 from .test_attention import masks
 
 LAYERS = ("TransformerEncoderLayer", "TransformerDecoderLayer")
@@ -175,6 +175,27 @@ def test_transformer(rng):
         given["memory_key_padding_mask"] = hidden
         given.pop("memory_mask", None)
     same(ours, theirs, {"src": tokens(options, B, T), "tgt": tokens(options, B, S)}, given)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_bf16_error_is_no_larger_than_torchs(norm_first):
+    options = {"activation": "gelu", "dropout": 0.0, "norm_first": norm_first, "batch_first": True}
+    ratios = {}
+    for seed in range(15):
+        torch.manual_seed(seed)
+        ours, theirs = pair("TransformerEncoderLayer", 32, 2, 64, dtype=torch.bfloat16, **options)
+        twin(ours, theirs)
+        x = torch.randn(2, 6, 32, dtype=torch.bfloat16)
+        gold = run(copy.deepcopy(theirs).double(), {"src": x.double()}, {}, None)
+        for (name, value), (_, a), (_, b) in zip(
+            gold,
+            run(ours, {"src": x}, {}, None),
+            run(theirs, {"src": x}, {}, None),
+            strict=True,
+        ):
+            ratios.setdefault(name, []).append((a - value).norm() / (b - value).norm())
+    worst = {name: torch.stack(found).median().item() for name, found in ratios.items()}
+    assert max(worst.values()) <= 1.1, worst
 
 
 @pytest.mark.parametrize("name", CLASSES)
