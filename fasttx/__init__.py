@@ -19,6 +19,7 @@ from .ops import (
     log_softmax,
     rms_norm,
     rope,
+    sample,
     sinusoidal_positions,
     softmax,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "patch",
     "rms_norm",
     "rope",
+    "sample",
     "sinusoidal_positions",
     "softmax",
     "unpatch",

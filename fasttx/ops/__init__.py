@@ -9,6 +9,7 @@ from .cross_entropy import cross_entropy
 from .embed import embed, sinusoidal_positions
 from .linear_cross_entropy import linear_cross_entropy
 from .rope import rope
+from .sample import sample
 from .softmax import log_softmax, softmax
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "log_softmax",
     "rms_norm",
     "rope",
+    "sample",
     "sinusoidal_positions",
     "softmax",
 ]
