@@ -11,6 +11,7 @@ from .ffn import ffn
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .rope import rope
+from .sample import sample
 from .softmax import log_softmax, softmax
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "log_softmax",
     "rms_norm",
     "rope",
+    "sample",
     "sinusoidal_positions",
     "softmax",
 ]
