@@ -26,7 +26,7 @@ def write_all(run: Run, folder: Path, theme: str = "light") -> list[Path]:
         rows = [row for row in rows if row.ratio is not None]
         if rows:
             written.append(ratio_plot(rows, folder / f"ratios-{kind}{suffix}.png", theme))
-    rated = [row for row in run.rows if row.kind == "op" and row.rate]
+    rated = [row for row in run.rows if row.kind == "op" and row.rate and "queries" in row.shape]
     if rated:
         written.append(rate_plot(rated, folder / f"rates{suffix}.png", theme))
     return written

@@ -77,6 +77,26 @@ def _rows(columns=768, rows=24):
     return make
 
 
+def _feed_forward(rows=30, K=64, hidden=96, N=48):
+    def make(device, dtype, scale):
+        x = {"x": _normal(device, dtype, rows * scale, K)}
+        x |= {"w1": _normal(device, dtype, hidden, K) / 8, "b1": _normal(device, dtype, hidden)}
+        x |= {"w2": _normal(device, dtype, N, hidden) / 8, "b2": _normal(device, dtype, N)}
+        return x
+
+    return make
+
+
+def _tokens(B=3, S=20, V=90, width=64):
+    def make(device, dtype, scale):
+        ids = torch.randint(0, V, (B, S * scale)).to(device)
+        x = {"ids": ids, "token": _normal(device, dtype, V, width)}
+        x["position"] = _normal(device, dtype, S * scale, width)
+        return x | {n: _normal(device, dtype, width) for n in ("weight", "bias")}
+
+    return make
+
+
 def _logits(V=1031, rows=20):
     def make(device, dtype, scale):
         target = torch.randint(0, V, (rows * scale,))
@@ -257,6 +277,58 @@ CALLS = {
         _scores,
         lambda x: _softmax_in_place(x.detach() * 1),
         lambda x: torch.softmax(x, -1),
+        (),
+    ),
+    "linear": Call(
+        _feed_forward(),
+        lambda x, w1, b1, **_: fasttx.linear(x, w1, b1, activation="gelu"),
+        lambda x, w1, b1, **_: F.gelu(F.linear(x, w1, b1)),
+        ("x", "w1", "b1"),
+    ),
+    "ffn": Call(
+        _feed_forward(),
+        lambda x, w1, b1, w2, b2: fasttx.ffn(x, w1, b1, w2, b2),
+        lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2),
+        ("x", "w1", "b1", "w2", "b2"),
+    ),
+    "ffn gated": Call(
+        _with(_feed_forward(), gate=lambda x: torch.randn(96, 64).to(x) / 8),
+        lambda x, w1, b1, w2, b2, gate: fasttx.ffn(
+            x, w1, b1, w2.t().contiguous().t(), b2, activation="silu", w_gate=gate
+        ),
+        lambda x, w1, b1, w2, b2, gate: F.linear(
+            F.silu(F.linear(x, w1, b1)) * F.linear(x, gate), w2, b2
+        ),
+        ("x", "w1", "b1", "w2", "b2", "gate"),
+    ),
+    "ffn dropout": Call(
+        _feed_forward(),
+        lambda x, w1, b1, w2, b2: fasttx.ffn(
+            x, w1, b1, w2, b2, hidden_dropout_p=0.1, dropout_p=0.2, seed=5, recompute=True
+        ),
+        None,
+        ("x", "w1", "b1", "w2", "b2"),
+    ),
+    "embed": Call(
+        _tokens(),
+        lambda ids, token, position, weight, bias: fasttx.embed(
+            ids, token, position, norm_weight=weight, norm_bias=bias, eps=1e-5
+        ),
+        lambda ids, token, position, weight, bias: F.layer_norm(
+            F.embedding(ids, token) + position[: ids.shape[1]], token.shape[1:], weight, bias
+        ),
+        ("token", "position", "weight", "bias"),
+    ),
+    "sample": Call(
+        _logits(),
+        lambda logits, target: fasttx.sample(logits, temperature=0.0),
+        lambda logits, target: logits.argmax(-1),
+        (),
+    ),
+    "sample drawn": Call(
+        _logits(),
+        lambda logits, target: fasttx.sample(logits, top_k=50, top_p=0.9, seed=3),
+        None,
         (),
     ),
     "linear_cross_entropy none": Call(
