@@ -312,6 +312,7 @@ template <class T, int R, int TOKENS, int UNROLL>
 FASTTX_INLINE void dots(vf* parts, bool first, const float* x, int64_t x_row, const T* w,
                         int64_t row, int64_t K) {
   typedef Dot<T> D;
+  constexpr int AHEAD = 16;  // rows: far enough for memory to answer
   vf c[W];
   FASTTX_UNROLL(16)
   for (int i = 0; i < W; i++) c[i] = first ? vf{} : parts[i];
@@ -325,7 +326,7 @@ FASTTX_INLINE void dots(vf* parts, bool first, const float* x, int64_t x_row, co
       FASTTX_UNROLL(16)
       for (int r = 0; r < R; r++) {
         const T* from = w + r * row + k + u * D::PER;
-        __builtin_prefetch(from + R * row);
+        __builtin_prefetch(from + AHEAD * row);
         const auto v = D::weights(from);
         FASTTX_UNROLL(16)
         for (int t = 0; t < TOKENS; t++) {
