@@ -148,7 +148,7 @@ int64_t rows_together(int64_t units) { return units > CHUNK ? BLOCK_ROWS : STRIP
 void product_rows(int32_t dtype, float* c, const Broadcast& a, int64_t i, int64_t rows,
                   const float* lanes, int width, int64_t units, int vecs, bool add) {
   if (units == 0 && !add) __builtin_memset(c, 0, rows * LANES * 4);
-  const int64_t chunks = (units + CHUNK - 1) / CHUNK;
+  const int64_t longest = pairs(dtype) ? CHUNK : CHAIN, chunks = (units + longest - 1) / longest;
   for (int64_t n = 0; n < chunks; n++) {
     const int64_t p = units * n / chunks, size = units * (n + 1) / chunks - p;
     const float* from = a.data + i * a.row + p;
