@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.bart import modeling_bart
 
-from .hf_fused import residual_norm
+from .hf_fused import feed_forward, residual_norm
 
 
 class _Layer:
@@ -12,6 +12,10 @@ class _Layer:
         return residual_norm(norm, x, residual, self.dropout if self.training else 0.0)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
+        p = self.activation_dropout if self.training else 0.0
+        out = feed_forward(x, self.fc1, self.activation_fn, self.fc2, hidden_dropout_p=p)
+        if out is not None:
+            return out
         hidden = self.activation_fn(self.fc1(x))
         hidden = nn.functional.dropout(hidden, p=self.activation_dropout, training=self.training)
         return self.fc2(hidden)

@@ -9,7 +9,7 @@ import importlib
 from torch import Tensor
 
 from .hf_families import BERT_POST_NORM
-from .hf_fused import dropout_p, residual_norm
+from .hf_fused import dropout_p, feed_forward, is_plain, residual_norm
 
 
 class _Output:
@@ -21,14 +21,33 @@ class _Output:
         return residual_norm(self.LayerNorm, self.dense(hidden_states), input_tensor, p)
 
 
-_KINDS = {"SelfOutput": _Output, "Output": _Output}
+class _Layer:
+    """The feed-forward layer across its two submodules."""
+
+    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
+        inner, outer = self.intermediate, self.output
+        if is_plain(inner, self._inner) and is_plain(outer, *self._outer):
+            x = feed_forward(attention_output, inner.dense, inner.intermediate_act_fn, outer.dense)
+            if x is not None and (p := dropout_p(outer.dropout)) is not None:
+                return residual_norm(outer.LayerNorm, x, attention_output, p)
+        return super().feed_forward_chunk(attention_output)
+
+
+_KINDS = {"SelfOutput": _Output, "Output": _Output, "Layer": _Layer}
 
 
 def __getattr__(name: str) -> type:
     for module, prefix in BERT_POST_NORM:
         kind = name.removeprefix(prefix)
         if kind in _KINDS and name == prefix + kind:
-            base = getattr(importlib.import_module(f"transformers.models.{module}"), name)
-            made = type(name, (_KINDS[kind], base), {"__module__": __name__, "__doc__": None})
+            theirs = importlib.import_module(f"transformers.models.{module}")
+            body = {"__module__": __name__, "__doc__": None}
+            if kind == "Layer":
+                body["_inner"] = getattr(theirs, f"{prefix}Intermediate")
+                body["_outer"] = (
+                    getattr(theirs, f"{prefix}Output"),
+                    __getattr__(f"{prefix}Output"),
+                )
+            made = type(name, (_KINDS[kind], getattr(theirs, name)), body)
             return globals().setdefault(name, made)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

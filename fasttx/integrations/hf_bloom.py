@@ -9,7 +9,7 @@ from transformers.models.bloom import modeling_bloom
 
 from ..ops.attention import ALiBi, attention
 from .hf_attention import additive_mask, alignment
-from .hf_fused import dropout_p
+from .hf_fused import dropout_p, feed_forward
 
 
 class BloomAttention(modeling_bloom.BloomAttention):
@@ -65,6 +65,18 @@ class BloomAttention(modeling_bloom.BloomAttention):
         )
         out = self.dense(out.transpose(1, 2).flatten(2))
         return modeling_bloom.dropout_add(out, residual, self.hidden_dropout, self.training), None
+
+
+class BloomMLP(modeling_bloom.BloomMLP):
+    def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
+        out = None
+        if not (self.pretraining_tp > 1 and self.slow_but_exact):
+            out = feed_forward(
+                hidden_states, self.dense_h_to_4h, self.gelu_impl, self.dense_4h_to_h
+            )
+        if out is None:
+            return super().forward(hidden_states, residual)
+        return modeling_bloom.dropout_add(out, residual, self.hidden_dropout, self.training)
 
 
 def _is_causal_padding(mask: Tensor | None) -> bool:

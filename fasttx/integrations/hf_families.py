@@ -107,12 +107,17 @@ CLASSES = {
     **{
         f"{module}.{prefix}{kind}": "hf_bert"
         for module, prefix in BERT_POST_NORM
-        for kind in ("SelfOutput", "Output")
+        for kind in ("Layer", "SelfOutput", "Output")
     },
     "bart.modeling_bart.BartEncoderLayer": "hf_bart",
     "bart.modeling_bart.BartDecoderLayer": "hf_bart",
     "t5.modeling_t5.T5LayerNorm": "hf_t5",
+    "t5.modeling_t5.T5DenseActDense": "hf_t5",
+    "t5.modeling_t5.T5DenseGatedActDense": "hf_t5",
+    "gpt2.modeling_gpt2.GPT2MLP": "hf_gpt2",
+    "bloom.modeling_bloom.BloomMLP": "hf_bloom",
     "llama.modeling_llama.LlamaRMSNorm": "hf_llama",
+    "llama.modeling_llama.LlamaMLP": "hf_llama",
     "torch.nn.modules.normalization.LayerNorm": "hf_fused",
     **dict.fromkeys(HEADS, "hf_heads"),
 }

@@ -7,6 +7,7 @@ from transformers.models.llama import modeling_llama
 
 from ..ops.add_norm import rms_norm
 from ..ops.rope import rope
+from .hf_fused import feed_forward
 
 
 class LlamaRMSNorm(modeling_llama.LlamaRMSNorm):
@@ -46,3 +47,9 @@ class LlamaAttention(modeling_llama.LlamaAttention):
             **kwargs,
         )
         return self.o_proj(out.reshape(*shape, -1)), weights
+
+
+class LlamaMLP(modeling_llama.LlamaMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        out = feed_forward(x, self.gate_proj, self.act_fn, self.down_proj, gate=self.up_proj)
+        return super().forward(x) if out is None else out

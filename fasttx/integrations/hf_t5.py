@@ -6,7 +6,7 @@ from transformers.models.t5 import modeling_t5
 from ..ops.add_norm import rms_norm
 from ..ops.attention import RelativePositionBias
 from .hf_families import NAME
-from .hf_fused import is_plain, rms_normed
+from .hf_fused import dropout_p, feed_forward, is_plain, rms_normed
 
 
 class T5Attention(modeling_t5.T5Attention):
@@ -49,3 +49,19 @@ class T5Attention(modeling_t5.T5Attention):
 class T5LayerNorm(modeling_t5.T5LayerNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         return rms_normed(hidden_states, self.weight, self.variance_epsilon, rms_norm)
+
+
+class T5DenseActDense(modeling_t5.T5DenseActDense):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        p = dropout_p(self.dropout)
+        out = feed_forward(hidden_states, self.wi, self.act, self.wo, hidden_dropout_p=p)
+        return super().forward(hidden_states) if out is None else out
+
+
+class T5DenseGatedActDense(modeling_t5.T5DenseGatedActDense):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        p = dropout_p(self.dropout)
+        out = feed_forward(
+            hidden_states, self.wi_0, self.act, self.wo, gate=self.wi_1, hidden_dropout_p=p
+        )
+        return super().forward(hidden_states) if out is None else out

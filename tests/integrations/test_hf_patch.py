@@ -246,7 +246,7 @@ def test_every_family_of_the_table(model_type):
 
     kinds = ["SelfAttention", "CrossAttention"]
     if BERT_LIKE[model_type] in BERT_POST_NORM:
-        kinds += ["SelfOutput", "Output"]
+        kinds += ["SelfOutput", "Intermediate", "Output", "Layer"]
     for kind in kinds:
         same = text(module, prefix, kind) == text(reference, "Bert", kind)
         assert same, f"{prefix}{kind} is no longer BERT's"

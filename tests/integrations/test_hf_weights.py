@@ -67,7 +67,9 @@ def test_minilm(minilm):
     assert not seen.all()
     hidden = [m(**given).last_hidden_state[seen] for m in models]
     hold("hidden states", *hidden)
-    torch.testing.assert_close(hidden[0], hidden[1], rtol=0, atol=4e-6)  # values up to 6
+    # Values up to 6. Products are summed in another order too: from fp64 the largest distance was
+    # 3.7e-6 patched and 2.7e-6 unpatched.
+    torch.testing.assert_close(hidden[0], hidden[1], rtol=0, atol=6.4e-6)
     similar = [e @ e.T for e in (weights.mean_pooled(m, tokenizer, SENTENCES) for m in models)]
     assert (similar[0] - similar[1]).abs().max() < 5e-5  # four digits
     assert similar[0][0, 1] > 0.6 > 0.3 > similar[0][0, 3]
