@@ -40,7 +40,7 @@ __attribute__((noinline)) void read_row(const fasttx_rows& t, int64_t m, int64_t
   });
 }
 
-__attribute__((noinline)) void write_row(const fasttx_rows& t, int64_t m, int64_t N,
+FASTTX_NOINLINE inline void write_row(const fasttx_rows& t, int64_t m, int64_t N,
                                          const float* from) {
   with_type(t, [&](auto type) {
     typedef decltype(type) T;

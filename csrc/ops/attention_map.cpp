@@ -2,7 +2,7 @@
 #include "cpu/attention_map.h"
 
 #include "cpu/isa.h"
-#include "ops.h"
+#include "ops_direct.h"
 
 FASTTX_BY_ISA(int, attention_map_fwd, (const fasttx_attention_map&))
 
@@ -46,5 +46,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fasttx_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx_native, CPU, m) {
-  m.impl("attention_map_fwd_cpu", TORCH_BOX(&attention_map_fwd_cpu));
+  implement<&attention_map_fwd_cpu>(m, "attention_map_fwd_cpu");
 }

@@ -2,6 +2,7 @@
 #include "ops/cross_entropy.h"
 
 #include "cpu/isa.h"
+#include "ops_direct.h"
 
 FASTTX_BY_ISA(int, cross_entropy_fwd, (const fasttx_cross_entropy&))
 FASTTX_BY_ISA(int, cross_entropy_bwd, (const fasttx_cross_entropy&))
@@ -52,8 +53,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fasttx_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx_native, CPU, m) {
-  m.impl("cross_entropy_fwd_cpu", TORCH_BOX(&cross_entropy_fwd_cpu));
-  m.impl("cross_entropy_bwd_cpu", TORCH_BOX(&cross_entropy_bwd_cpu));
+  implement<&cross_entropy_fwd_cpu>(m, "cross_entropy_fwd_cpu");
+  implement<&cross_entropy_bwd_cpu>(m, "cross_entropy_bwd_cpu");
   m.impl("cross_entropy_inplace_cpu", TORCH_BOX(&cross_entropy_inplace_cpu));
   m.impl("cross_entropy_rescale_cpu", TORCH_BOX(&cross_entropy_rescale_cpu));
 }

@@ -2,7 +2,7 @@
 #include "cpu/embed.h"
 
 #include "cpu/isa.h"
-#include "ops.h"
+#include "ops_direct.h"
 
 FASTTX_BY_ISA(int, embed_fwd, (const fasttx_embed&))
 FASTTX_BY_ISA(int, embed_bwd, (const fasttx_embed&))
@@ -118,6 +118,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fasttx_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx_native, CPU, m) {
-  m.impl("embed_fwd_cpu", TORCH_BOX(&embed_fwd_cpu));
-  m.impl("embed_bwd_cpu", TORCH_BOX(&embed_bwd_cpu));
+  implement<&embed_fwd_cpu>(m, "embed_fwd_cpu");
+  implement<&embed_bwd_cpu>(m, "embed_bwd_cpu");
 }

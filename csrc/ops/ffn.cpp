@@ -2,7 +2,7 @@
 #include "cpu/ffn.h"
 
 #include "cpu/isa.h"
-#include "ops.h"
+#include "ops_direct.h"
 
 FASTTX_BY_ISA(int, ffn_fwd, (const fasttx_ffn&))
 FASTTX_BY_ISA(int, ffn_bwd, (const fasttx_ffn&))
@@ -77,6 +77,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fasttx_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx_native, CPU, m) {
-  m.impl("ffn_fwd_cpu", TORCH_BOX(&ffn_fwd_cpu));
-  m.impl("ffn_bwd_cpu", TORCH_BOX(&ffn_bwd_cpu));
+  implement<&ffn_fwd_cpu>(m, "ffn_fwd_cpu");
+  implement<&ffn_bwd_cpu>(m, "ffn_bwd_cpu");
 }

@@ -2,7 +2,7 @@
 #include "cpu/linear.h"
 
 #include "cpu/isa.h"
-#include "ops.h"
+#include "ops_direct.h"
 
 FASTTX_BY_ISA(int, linear_fwd, (const fasttx_linear&))
 FASTTX_BY_ISA(int, linear_bwd, (const fasttx_linear&))
@@ -50,6 +50,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fasttx_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx_native, CPU, m) {
-  m.impl("linear_fwd_cpu", TORCH_BOX(&linear_fwd_cpu));
-  m.impl("linear_bwd_cpu", TORCH_BOX(&linear_bwd_cpu));
+  implement<&linear_fwd_cpu>(m, "linear_fwd_cpu");
+  implement<&linear_bwd_cpu>(m, "linear_bwd_cpu");
 }

@@ -2,6 +2,7 @@
 #include "ops/rope.h"
 
 #include "cpu/isa.h"
+#include "ops_direct.h"
 
 FASTTX_BY_ISA(int, rope, (const fasttx_rope&))
 
@@ -38,7 +39,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fasttx_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx_native, CPU, m) {
-  m.impl("rope_fwd_cpu", TORCH_BOX(&rope_fwd_cpu));
-  m.impl("rope_bwd_cpu", TORCH_BOX(&rope_bwd_cpu));
+  implement<&rope_fwd_cpu>(m, "rope_fwd_cpu");
+  implement<&rope_bwd_cpu>(m, "rope_bwd_cpu");
   m.impl("rope_inplace_cpu", TORCH_BOX(&rope_inplace_cpu));
 }

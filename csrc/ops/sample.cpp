@@ -2,7 +2,7 @@
 #include "cpu/sample.h"
 
 #include "cpu/isa.h"
-#include "ops.h"
+#include "ops_direct.h"
 
 FASTTX_BY_ISA(int, sample_fwd, (const fasttx_sample&))
 
@@ -29,5 +29,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fasttx_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx_native, CPU, m) {
-  m.impl("sample_fwd_cpu", TORCH_BOX(&sample_fwd_cpu));
+  implement<&sample_fwd_cpu>(m, "sample_fwd_cpu");
 }

@@ -2,7 +2,7 @@
 #include "cpu/softmax.h"
 
 #include "cpu/isa.h"
-#include "ops.h"
+#include "ops_direct.h"
 
 FASTTX_BY_ISA(int, softmax_fwd, (const fasttx_softmax&))
 FASTTX_BY_ISA(int, softmax_bwd, (const fasttx_softmax&))
@@ -65,6 +65,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fasttx_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx_native, CPU, m) {
-  m.impl("softmax_fwd_cpu", TORCH_BOX(&softmax_fwd_cpu));
-  m.impl("softmax_bwd_cpu", TORCH_BOX(&softmax_bwd_cpu));
+  implement<&softmax_fwd_cpu>(m, "softmax_fwd_cpu");
+  implement<&softmax_bwd_cpu>(m, "softmax_bwd_cpu");
 }
