@@ -1,5 +1,6 @@
 // out = norm(residual + dropout(x + x_bias)), a few rows in the cache at a time.
 #include "cpu/add_norm_row.h"
+#include "cpu/pages.h"
 
 namespace fasttx::FASTTX_ISA {
 namespace {
@@ -218,6 +219,9 @@ int add_norm_fwd(const fasttx_add_norm& a) {
     return FASTTX_OK;
   }
   if (!make_problem(a, &p)) return FASTTX_NO_MEMORY;
+  const fasttx_rows* outputs[] = {&a.out, &a.total};
+  for (const fasttx_rows* t : outputs)
+    if (t->data) prefer_large_pages(t->data, a.M * a.N * (t->dtype == FASTTX_F32 ? 4 : 2));
   switch (a.out.dtype) {
     case FASTTX_F32:
       return forward<float>(p);

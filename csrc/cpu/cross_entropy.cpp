@@ -2,9 +2,8 @@
 // gradient, or both while the row is in cache (cross_entropy_inplace).
 #include "cpu/cross_entropy.h"
 
-#include <sys/mman.h>
-
 #include "cpu/cross_entropy_row.h"
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 
 namespace fasttx::FASTTX_ISA {
@@ -36,16 +35,6 @@ Norm normalisation(const Problem& p) {
     weights += !in_range(p, t) ? 0.0 : p.weight ? p.weight[t] : 1.0;
   }
   return {1.0 / weights, 1.0 / (double)count, count == 0};
-}
-
-// A fresh output of many pages is written several times faster in large ones.
-void prefer_large_pages(void* data, size_t bytes) {
-#ifdef MADV_HUGEPAGE
-  if (bytes < (32u << 20)) return;
-  const uintptr_t first = ((uintptr_t)data + 4095) & ~(uintptr_t)4095;
-  const uintptr_t last = ((uintptr_t)data + bytes) & ~(uintptr_t)4095;
-  madvise((void*)first, last - first, MADV_HUGEPAGE);
-#endif
 }
 
 template <class T>
