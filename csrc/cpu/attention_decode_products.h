@@ -26,35 +26,6 @@ struct Kept<bf16> {
 };
 #endif
 
-// Lane j: the sum of the lanes of c[j].
-FASTTX_INLINE vf sum_lanes(vf* c) {
-#if FASTTX_AVX512
-  __m512 a[8], b[4], d[2];
-  FASTTX_UNROLL(8)
-  for (int j = 0; j < 8; j++) {
-    const __m512 x = (__m512)c[2 * j], y = (__m512)c[2 * j + 1];
-    a[j] = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
-  }
-  FASTTX_UNROLL(4)
-  for (int j = 0; j < 4; j++) {
-    const __m512d x = (__m512d)a[2 * j], y = (__m512d)a[2 * j + 1];
-    b[j] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(x, y), (__m512)_mm512_unpackhi_pd(x, y));
-  }
-  FASTTX_UNROLL(2)
-  for (int j = 0; j < 2; j++)
-    d[j] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * j], b[2 * j + 1], 0x88),
-                         _mm512_shuffle_f32x4(b[2 * j], b[2 * j + 1], 0xdd));
-  return (vf)_mm512_add_ps(_mm512_shuffle_f32x4(d[0], d[1], 0x88),
-                           _mm512_shuffle_f32x4(d[0], d[1], 0xdd));
-#else
-  transpose(c);
-  vf s[2] = {c[0], c[1]};
-  FASTTX_UNROLL(8)
-  for (int j = 2; j < W; j++) s[j % 2] += c[j];
-  return s[0] + s[1];
-#endif
-}
-
 // Row j of W rows; beyond `n` the last one, unless FULL.
 template <bool FULL, class E>
 FASTTX_INLINE const E* row_of(const E* k, int64_t stride, int n, int j) {
@@ -77,7 +48,7 @@ FASTTX_INLINE vf dots(const float* q, const E* k, int64_t stride, int n, int64_t
     for (int j = 0; j < W; j++)
       c[j] = fma(x, load_partial(row_of<FULL>(k, stride, n, j) + d, (int)(D - d)), c[j]);
   }
-  return sum_lanes(c);
+  return sum_lanes<W>(c);
 }
 #if defined(__AVX512BF16__)
 FASTTX_INLINE vi load_words(const bf16* p, int64_t n) {
@@ -99,7 +70,7 @@ FASTTX_INLINE vf dots(const bf16* q, const bf16* k, int64_t stride, int n, int64
     for (int j = 0; j < W; j++)
       c[j] = dpbf16(c[j], x, load_words(row_of<FULL>(k, stride, n, j) + d, D - d));
   }
-  return sum_lanes(c);
+  return sum_lanes<W>(c);
 }
 #endif
 

@@ -368,18 +368,17 @@ FASTTX_NOINLINE void few_tokens(float* s, const Broadcast& x, const T* w, int64_
                                      w + first_row(t) * row + k, row, min64(PART, K - k));
       for (int64_t tile = 0; tile < tiles; tile++) {
         vf* c = parts[tile];
-        transpose(c);
-        FASTTX_UNROLL(4)
-        for (int half = W / 2; half > 0; half /= 2)
-          for (int i = 0; i < half; i++) c[i] += c[i + half];
+        FASTTX_UNROLL(16)
+        for (int i = 0; i < TOKENS * R; i++) {
+          vf sum = c[i * UNROLL];
+          FASTTX_UNROLL(4)
+          for (int u = 1; u < UNROLL; u++) sum += c[i * UNROLL + u];
+          c[i] = sum;
+        }
         alignas(64) float sums[W];
-        store(sums, c[0]);
+        store(sums, sum_lanes<TOKENS * R>(c));
         for (int t = 0; t < TOKENS; t++)
-          for (int r = 0; r < R; r++) {
-            float sum = sums[(t * R + r) * UNROLL];
-            for (int u = 1; u < UNROLL; u++) sum += sums[(t * R + r) * UNROLL + u];
-            s[t * LANES + first_row(tile) + r] = sum;
-          }
+          for (int r = 0; r < R; r++) s[t * LANES + first_row(tile) + r] = sums[t * R + r];
       }
     }
   }

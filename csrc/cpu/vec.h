@@ -437,6 +437,46 @@ FASTTX_INLINE void transpose(vf* v) {
   for (int i = 0; i < W; i++) v[i] = (vf)t[i];
 }
 
+// Lane j, j < COUNT: the sum of the lanes of c[j]. COUNT is a power of two up to W; c is used up.
+#if FASTTX_AVX512
+template <int DISTANCE>
+FASTTX_INLINE __m512 exchange(__m512 x) {
+  if constexpr (DISTANCE == 1) return _mm512_permute_ps(x, 0xb1);
+  else if constexpr (DISTANCE == 2) return _mm512_permute_ps(x, 0x4e);
+  else return _mm512_shuffle_f32x4(x, x, DISTANCE == 4 ? 0xb1 : 0x4e);
+}
+template <int COUNT, int DISTANCE = 1>
+FASTTX_INLINE vf sum_lanes(vf* c) {
+  if constexpr (DISTANCE == W) {
+    return c[0];
+  } else if constexpr (COUNT == 1) {
+    c[0] += (vf)exchange<DISTANCE>((__m512)c[0]);
+    return sum_lanes<1, 2 * DISTANCE>(c);
+  } else {
+    constexpr __mmask16 odd[] = {0, 0xaaaa, 0xcccc, 0, 0xf0f0, 0, 0, 0, 0xff00};
+    FASTTX_UNROLL(8)
+    for (int j = 0; j < COUNT / 2; j++) {
+      const __m512 x = (__m512)c[2 * j], y = (__m512)c[2 * j + 1];
+      c[j] = (vf)_mm512_mask_blend_ps(odd[DISTANCE], x, y) +
+             (vf)exchange<DISTANCE>(_mm512_mask_blend_ps(odd[DISTANCE], y, x));
+    }
+    return sum_lanes<COUNT / 2, 2 * DISTANCE>(c);
+  }
+}
+#else
+template <int COUNT>
+FASTTX_INLINE vf sum_lanes(vf* c) {
+  vf t[W] = {};
+  FASTTX_UNROLL(8)
+  for (int j = 0; j < COUNT; j++) t[j] = c[j];
+  transpose(t);
+  FASTTX_UNROLL(3)
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int j = 0; j < half; j++) t[j] += t[j + half];
+  return t[0];
+}
+#endif
+
 }  // namespace
 }  // namespace fasttx::FASTTX_ISA
 
