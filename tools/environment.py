@@ -177,7 +177,7 @@ def main():
 
     source = digest(packages, sources())
     if done.get("source") != source or not built(python):
-        say("building (under a minute the first time)")
+        say("building (about a minute on two cores the first time)")
         # pip shows nothing while it builds, so compile first; then it has only to link.
         compiled = [python, "setup.py", "-q", "build_ext", "--inplace"]
         if subprocess.run(compiled, cwd=ROOT, stdout=sys.stderr).returncode or pip(
