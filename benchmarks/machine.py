@@ -34,7 +34,7 @@ def describe() -> dict[str, Any]:
         "environment": {
             key: value
             for key, value in sorted(os.environ.items())
-            if key.startswith(("FASTTX_", "OMP_", "MKL_", "ONEDNN_", "DNNL_", "KMP_"))
+            if key.startswith(("FASTTX_", "OMP_", "MKL_", "ONEDNN_", "DNNL_", "KMP_", "MALLOC_"))
         },
     }
     if torch.cuda.is_available():
