@@ -23,7 +23,10 @@ GOALS = {
 }
 KEPT_MEMORY = os.environ.get("MALLOC_MMAP_MAX_") == "0"
 if KEPT_MEMORY:
-    GOALS = {d: {"forward": (x, None), "step": (x, None)} for d, x in (("fp32", 3.0), ("bf16", 2.4))}
+    GOALS = {
+        dtype: {"forward": (must, None), "step": (must, None)}
+        for dtype, must in (("fp32", 3.0), ("bf16", 2.4))
+    }
 
 
 def work(rows: int, classes: int, dtype: str, goals: dict | None = None) -> Work:
@@ -64,7 +67,8 @@ def work(rows: int, classes: int, dtype: str, goals: dict | None = None) -> Work
 
     size = rows * classes * (4 if dtype == "fp32" else 2)
     return Work(
-        op="cross_entropy", case=f"{rows}x{classes}" + KEPT_MEMORY * " without page faults", dtype=dtype, make=make, truth=truth,
+        op="cross_entropy", case=f"{rows}x{classes}" + KEPT_MEMORY * " without page faults",
+        dtype=dtype, make=make, truth=truth,
         contenders={"eager": eager, "fasttx": ours}, leaves=("logits",),
         directions=("forward", "step"), timed={"fasttx": timed},
         moved={"forward": size, "step": 2 * size}, goals=goals or {},
