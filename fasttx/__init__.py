@@ -3,7 +3,7 @@
 
 from . import layers as nn
 from .explain import explain
-from .integrations.hf import patch, unpatch
+from .integrations.patch import patch, unpatch
 from .ops import (
     ALiBi,
     RelativePositionBias,

@@ -1,4 +1,4 @@
-"""`patch(model)`: a transformers model runs fasttx's kernels; `unpatch(model)` undoes it.
+"""How `patch` treats transformers models.
 
 Modules whose class is in hf_families.py become instances of a subclass of the same name in this
 package; their parameters, names, hooks and state_dict stay. Attention that reads its implementation
@@ -10,104 +10,84 @@ config object are patched together.
 
 import importlib
 import sys
+from functools import partial
 
 from torch import nn
 
 from .hf_families import ATTENTION, CLASSES, FAMILIES, LOGITS, Attention
-from .hf_report import PatchEntry, PatchReport
+from .report import Found
+from .torch_nn import is_listed
 
 _PREVIOUS = "_fasttx_previous"  # {name of the config's holder in its owner: implementation before}
 _LARGEST_HEAD = 256
 _HERE = f"{__package__}."
 
 
-def patch(model: nn.Module, *, strict: bool = False, logits: bool = False) -> PatchReport:
-    """Make a Hugging Face model run fasttx's kernels, in inference and training.
-
-    model: a transformers model, or a module that contains some; BERT and RoBERTa with the families
-    that share their attention, GPT-2, BART, T5, BLOOM and Llama (hf_families.py). Patching again
-    changes nothing. With strict=True a model with a module that cannot be replaced, or with no
-    attention at all, is left alone and NotImplementedError lists the reasons. A language model that
-    is given labels in training returns the loss and no logits (None), which saves their memory and
-    time; with logits=True, and always in evaluation, it returns both.
-
-    Returns the report of what was replaced, what was not, and why. Raises TypeError for anything
-    that is not such a module.
-
-    >>> fasttx.patch(model)
-    BertModel: 6 of 6 modules run fasttx
-      encoder.layer.*.attention.self  6 x BertSelfAttention  replaced
-    """
-    entries, attention, others = [], [], []
-    for prefix, owner in _owners(model, "patch"):
-        found = {module: _why_not(module) for module in _attention(owner)}
+def plan(model: nn.Module, logits: bool) -> list[Found]:
+    """What `patch` would do to the transformers models in model."""
+    found: list[Found] = []
+    attention: dict[int, nn.Module] = {}  # place in found -> the model whose config names it
+    for prefix, owner in _owners(model):
+        reasons = {module: _why_not(module) for module in _attention(owner)}
         for name, module in _own_modules(owner):
-            if module in found:
-                entries.append((_join(prefix, name), module, owner, found[module]))
-                attention.append((name, module, owner, len(entries) - 1))
+            full = f"{prefix}.{name}".strip(".")
+            if module in reasons:
+                attention[len(found)] = owner
+                choose = partial(_replace_attention, name, module, owner)
+                found.append(Found(full, module, reasons[module], True, choose))
             elif owner.config.model_type in FAMILIES and (cls := _listed(module)) is not None:
-                reason = _why_not_swap(module, cls)
-                entries.append((_join(prefix, name), module, owner, reason))
-                if reason is None:
-                    others.append((module, CLASSES[_path(cls)]))
-    entries = _agree(entries, {i for *_, i in attention})
-    report = PatchReport(
-        type(model).__name__,
-        tuple(
-            PatchEntry(name, type(module).__name__, reason) for name, module, _, reason in entries
-        ),
-    )
-    if strict and (report.skipped or not attention):
-        why = report if attention else f"{report.model}: no attention module was found"
-        raise NotImplementedError(f"fasttx.patch(strict=True) changed nothing\n{why}")
-    attention = [(name, module, owner) for name, module, owner, i in attention if not entries[i][3]]
-    if attention:
-        from . import hf_attention  # noqa: F401  (registers the names)
-    for name, module, owner in attention:
-        _, known = _known(module)
-        if known.module is not None:
-            _swap(module, known.module)
-        # The attention reads its own config, the owner makes the masks by its own: maybe another.
-        for holder, config in ((name, getattr(module, "config", None)), ("", owner.config)):
-            if config is not None and config._attn_implementation != known.name:
-                previous = owner.__dict__.setdefault(_PREVIOUS, {})
-                previous[holder] = config._attn_implementation
-                _choose(config, known.name)
-    for module, file in others:
-        _swap(module, file)
-        if file == "hf_heads":
-            vars(module).pop(LOGITS, None)
-            if logits:
-                vars(module)[LOGITS] = True
-    return report
+                swap = partial(_replace_module, module, CLASSES[_path(cls)], logits)
+                found.append(Found(full, module, _why_not_swap(module, cls), False, swap))
+    return _agree(found, attention)
 
 
-def _agree(entries: list[tuple], attention: set[int]) -> list[tuple]:
+def _agree(found: list[Found], attention: dict[int, nn.Module]) -> list[Found]:
     """One config may serve several attention modules: the name in it is right for all of them or
     for none."""
+
+    def configs(i: int) -> tuple[int, int]:
+        config = attention[i].config
+        return id(config), id(getattr(found[i].module, "config", config))
+
     blocked: dict[int, str] = {}
-    for i, (name, module, owner, reason) in enumerate(entries):
-        if i in attention and reason is not None:
-            text = f"shares its config with {name}, which cannot be replaced"
-            blocked.setdefault(id(owner.config), text)
-            blocked.setdefault(id(getattr(module, "config", owner.config)), text)
-    agreed = []
-    for i, (name, module, owner, reason) in enumerate(entries):
-        if i in attention and reason is None:
-            config = getattr(module, "config", owner.config)
-            reason = blocked.get(id(config)) or blocked.get(id(owner.config))
-        agreed.append((name, module, owner, reason))
+    for i in attention:
+        if found[i].reason is not None:
+            text = f"shares its config with {found[i].name}, which cannot be replaced"
+            for config in configs(i):
+                blocked.setdefault(config, text)
+    agreed = list(found)
+    for i in attention:
+        if found[i].reason is None:
+            reason = next((blocked[c] for c in reversed(configs(i)) if c in blocked), None)
+            agreed[i] = found[i]._replace(reason=reason)
     return agreed
 
 
-def unpatch(model: nn.Module) -> None:
-    """Undo `patch`: every module gets its class and every config the attention implementation it
-    had before.
+def _replace_attention(name: str, module: nn.Module, owner: nn.Module) -> None:
+    from . import hf_attention  # noqa: F401  (registers the names)
 
-    A model that is not patched stays as it is, an implementation chosen after patching is kept.
-    Raises TypeError as `patch` does.
-    """
-    for _, owner in _owners(model, "unpatch"):
+    _, known = _known(module)
+    if known.module is not None:
+        _swap(module, known.module)
+    # The attention reads its own config, the owner makes the masks by its own: maybe another.
+    for holder, config in ((name, getattr(module, "config", None)), ("", owner.config)):
+        if config is not None and config._attn_implementation != known.name:
+            previous = owner.__dict__.setdefault(_PREVIOUS, {})
+            previous[holder] = config._attn_implementation
+            _choose(config, known.name)
+
+
+def _replace_module(module: nn.Module, file: str, logits: bool) -> None:
+    _swap(module, file)
+    if file == "hf_heads":
+        vars(module).pop(LOGITS, None)
+        if logits:
+            vars(module)[LOGITS] = True
+
+
+def restore(model: nn.Module) -> None:
+    """Undo what `plan` did."""
+    for _, owner in _owners(model):
         for holder, implementation in owner.__dict__.pop(_PREVIOUS, {}).items():
             config = owner.get_submodule(holder).config
             if config._attn_implementation in _NAMES:
@@ -161,25 +141,12 @@ def _choose(config, implementation: str | None) -> None:
     config._attn_implementation = {"": implementation}
 
 
-def _owners(model, caller: str) -> list[tuple[str, nn.Module]]:
+def _owners(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of the transformers models in model, outermost first."""
-    if isinstance(model, type):
-        raise TypeError(f"fasttx.{caller}: model must be an instance, got the class {model}")
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"fasttx.{caller}: model must be a transformers model or a module with one in it, "
-            f"got {type(model).__name__}"
-        )
-    owners = [(name, module) for name, module in model.named_modules() if _is_model(module)]
-    if not owners:
-        raise TypeError(
-            f"fasttx.{caller}: model must be a transformers model or a module with one in it, "
-            f"got {type(model).__module__}.{type(model).__qualname__} without any PreTrainedModel"
-        )
-    return owners
+    return [(name, module) for name, module in model.named_modules() if is_model(module)]
 
 
-def _is_model(module: nn.Module) -> bool:
+def is_model(module: nn.Module) -> bool:
     modeling = sys.modules.get("transformers.modeling_utils")
     return modeling is not None and isinstance(module, modeling.PreTrainedModel)
 
@@ -188,20 +155,21 @@ def _own_modules(owner: nn.Module, name: str = "", module=None) -> list[tuple[st
     """(name, module) of owner and what is in it, without inner models."""
     found = [(name, owner if module is None else module)]
     for child_name, child in found[0][1].named_children():
-        if not _is_model(child):
+        if not is_model(child):
             found += _own_modules(owner, _join(name, child_name), child)
     return found
 
 
 def _attention(owner: nn.Module) -> list[nn.Module]:
-    """The innermost modules that are an ...Attention... by class, without those of inner models."""
+    """The innermost modules that are an ...Attention... by class, without those of inner models and
+    torch.nn's own."""
 
     def walk(module: nn.Module) -> list[nn.Module]:
-        found = [m for child in module.children() if not _is_model(child) for m in walk(child)]
+        found = [m for child in module.children() if not is_model(child) for m in walk(child)]
         named = any("Attention" in c.__name__ for c in type(module).__mro__)
         return found or ([module] if named and module is not owner else [])
 
-    return walk(owner)
+    return [module for module in walk(owner) if not is_listed(module)]
 
 
 def _join(prefix: str, name: str) -> str:

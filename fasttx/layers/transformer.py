@@ -237,12 +237,11 @@ class TransformerEncoder(nn.TransformerEncoder):
         if not (
             isinstance(src, Tensor)
             and src.dim() == 3
-            and all(type(layer) is TransformerEncoderLayer for layer in self.layers)
+            and all(untouched(layer, TransformerEncoderLayer) for layer in self.layers)
             and not (is_causal and mask is None)
             and first.self_attn._fits(src, src, src, src_key_padding_mask, mask, False)
             and all(
                 layer.fits(src)
-                and not (layer._forward_hooks or layer._forward_pre_hooks)
                 and layer.self_attn.batch_first == first.self_attn.batch_first
                 and layer.self_attn.num_heads == first.self_attn.num_heads
                 for layer in self.layers

@@ -143,11 +143,19 @@ def test_strict_changes_nothing():
 
 @pytest.mark.parametrize("do", [fasttx.patch, fasttx.unpatch], ids=["patch", "unpatch"])
 def test_what_is_no_model(do):
-    for bad in (None, "bert-base-uncased", {"model": 1}, nn.Linear(2, 2), nn.TransformerEncoder):
+    for bad in (None, "bert-base-uncased", {"model": 1}, nn.TransformerEncoder):
         with pytest.raises(TypeError, match=f"fasttx.{do.__name__}: model must be"):
             do(bad)
     with pytest.raises(TypeError, match=r"got the class .*BertModel"):
         do(transformers.BertModel)
+
+
+def test_nothing_to_replace():
+    report = fasttx.patch(nn.Linear(2, 2))
+    assert str(report) == "Linear: 0 of 0 modules run fasttx"
+    with pytest.raises(NotImplementedError, match="Linear: no attention module was found"):
+        fasttx.patch(nn.Linear(2, 2), strict=True)
+    fasttx.unpatch(nn.Linear(2, 2))
 
 
 def test_changed_attention_is_left_alone():
@@ -277,10 +285,7 @@ try:
 except TypeError:
     pass
 import torch
-try:
-    fasttx.patch(torch.nn.Linear(1, 1))
-except TypeError:
-    pass
+assert not fasttx.patch(torch.nn.Linear(1, 1)).entries
 assert not any(m.split(".")[0] == "transformers" for m in sys.modules)
 from transformers import BertConfig, BertModel
 config = BertConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=9)

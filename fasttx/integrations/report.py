@@ -2,7 +2,22 @@
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+
+
+class Found(NamedTuple):
+    """A module that `patch` knows or has to refuse: its name in the model, why it is refused (None:
+    it is not), whether it is attention, and what replaces it."""
+
+    name: str
+    module: nn.Module
+    reason: str | None
+    attention: bool
+    replace: Callable[[], None]
 
 
 @dataclass(frozen=True)
