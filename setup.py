@@ -6,7 +6,9 @@ fasttx/libfasttx.so  Python-free: the CPU kernels, one object per instruction se
 fasttx/_C*.so        pybind11 without ATen, csrc/bind.cpp: queries and test hooks.
 
 Environment: FASTTX_NATIVE=0 (no native code), CXX, FASTTX_NVCC, FASTTX_CUDA=0|1 (default: where
-nvcc and a torch with CUDA are found), FASTTX_CUDA_ARCHS (default "80;90a"), MAX_JOBS.
+nvcc and a torch with CUDA are found), FASTTX_CUDA_ARCHS (default "80;90a"), MAX_JOBS. Sources in
+csrc/cuda/sm90/ are for sm_90a alone, those in csrc/cuda/sm80/ for the other architectures and, as
+PTX, for cards to come.
 """
 
 import fcntl
@@ -106,6 +108,19 @@ def find_nvcc(torch):
             "FASTTX_NVCC names one."
         )
     return nvcc
+
+
+def cuda_targets(room, archs):
+    """nvcc's targets for a source in csrc/cuda/<room>/."""
+    if room == "sm90":
+        archs = ["90a"]
+    elif room == "sm80":
+        archs = [a for a in archs if a != "90a"] or ["80"]
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    # What "a" names is one card's own; PTX of the oldest other runs on every later card.
+    if portable := sorted((a for a in archs if a.isdecimal()), key=int):
+        targets.append(f"-gencode=arch=compute_{portable[0]},code=compute_{portable[0]}")
+    return targets
 
 
 def escaped(*paths):
@@ -216,9 +231,9 @@ class NinjaBuildExt(build_ext):
             archs = os.environ.get("FASTTX_CUDA_ARCHS", "80;90a").replace(",", ";").split(";")
             cuda = ["-std=c++20", "-O3", "-lineinfo", "--threads", "2", f"-I{CSRC}"]
             cuda += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
-            cuda += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
             for source in sorted(CSRC.glob("cuda/**/*.cu")):
-                objects.append(ninja.object(source, cuda, "nvcc"))
+                targets = cuda_targets(source.parent.name, archs)
+                objects.append(ninja.object(source, [*cuda, *targets], "nvcc"))
         flags += ["-isystem", torch / "include", TORCH_TARGET]
         flags += ["-DFASTTX_WITH_CUDA"] if nvcc else []
         flags += [f"-ffile-prefix-map={ROOT}/="]  # torch's checks put the file's name in the error

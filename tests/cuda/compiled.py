@@ -13,7 +13,18 @@ from pathlib import Path
 from tests.emulator.build import HERE, ROOT
 
 ARCHS = ("80", "90a")
-SOURCES = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), *sorted(HERE.glob("kernels/*.cu"))]
+CUDA = ROOT / "csrc/cuda"
+SOURCES = [*sorted(CUDA.glob("**/*.cu")), *sorted(HERE.glob("kernels/*.cu"))]
+
+
+def name_of(source: Path) -> str:
+    """A kernel of the library by its path in csrc/cuda, one of the emulator by its file's name."""
+    return source.relative_to(CUDA).as_posix() if source.is_relative_to(CUDA) else source.name
+
+
+def archs_of(source: Path) -> tuple[str, ...]:
+    """The architectures setup.py compiles a source for."""
+    return {"sm80": ARCHS[:1], "sm90": ARCHS[1:]}.get(source.parent.name, ARCHS)
 
 
 @dataclass(frozen=True)
@@ -40,12 +51,16 @@ def compiled(source: Path) -> tuple[list[Resources], dict[str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc(), "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-Xptxas=-v", "--keep"]
         command += [f"--keep-dir={folder}", "-c", str(source), "-o", f"{folder}/out.o"]
-        command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
+        archs = archs_of(source)
+        command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         if done.returncode:
             raise RuntimeError(f"{source.name}: nvcc failed\n{done.stdout}{done.stderr}")
-        ptx = {a: Path(folder, f"{source.stem}.compute_{a}.ptx") for a in ARCHS}
-        return _resources(source.name, done.stderr), {a: p.read_text() for a, p in ptx.items()}
+        names = [f"{source.stem}.compute_{a}.ptx" for a in archs]
+        if len(archs) == 1:
+            names = [f"{source.stem}.ptx"]
+        ptx = {a: Path(folder, n).read_text() for a, n in zip(archs, names, strict=True)}
+        return _resources(name_of(source), done.stderr), ptx
 
 
 def _resources(source: str, log: str) -> list[Resources]:
@@ -72,4 +87,4 @@ def everything() -> tuple[list[Resources], dict[tuple[str, str], str]]:
     with ThreadPoolExecutor(2) as pool:
         results = dict(zip(SOURCES, pool.map(compiled, SOURCES), strict=True))
     resources = [r for found, _ in results.values() for r in found]
-    return resources, {(s.name, a): t for s, (_, ptx) in results.items() for a, t in ptx.items()}
+    return resources, {(name_of(s), a): t for s, (_, ptx) in results.items() for a, t in ptx.items()}

@@ -20,7 +20,7 @@ def library():
     flags = ["-isystem", str(torch_folder / "include")]
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-Wno-unused-function"]
     flags += ["-DFASTTX_CUDA_LIBRARY=fasttx_emulated", "-DFASTTX_CUDA_KEY=CPU"]
-    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    sources = sorted((ROOT / "csrc/cuda").glob("**/*.cu"))
     sources += sorted((ROOT / "csrc/ops/cuda").glob("*.cpp"))
     libraries = [f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_folder}/lib"]
     path = str(build("kernels", sources, flags, libraries))
