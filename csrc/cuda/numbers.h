@@ -4,6 +4,8 @@
 
 namespace fasttx {
 
+constexpr float LOG2E = 1.4426950408889634f;
+
 struct bf16 {
   static constexpr bool is_bf16 = true;
   uint16_t bits;
