@@ -87,4 +87,6 @@ def everything() -> tuple[list[Resources], dict[tuple[str, str], str]]:
     with ThreadPoolExecutor(2) as pool:
         results = dict(zip(SOURCES, pool.map(compiled, SOURCES), strict=True))
     resources = [r for found, _ in results.values() for r in found]
-    return resources, {(name_of(s), a): t for s, (_, ptx) in results.items() for a, t in ptx.items()}
+    return resources, {
+        (name_of(s), a): t for s, (_, ptx) in results.items() for a, t in ptx.items()
+    }
