@@ -95,6 +95,13 @@ def gemm_wgmma(
     return c[:M]
 
 
+def bulk_add(x: Tensor, onto: Tensor, bug: int = 0) -> Tensor:
+    """onto [N] + 2 x.sum(0), x [chunks, N], added chunk by chunk in their order."""
+    to, counters = onto.clone(), torch.zeros(2, dtype=torch.int32)
+    checked(library().emulator_bulk_add(pointer(x), pointer(to), pointer(counters), *x.shape, bug))
+    return to
+
+
 def lanes(which: int) -> list[int]:
     out = torch.full((96 + 8,), -7, dtype=torch.int32)
     checked(library().emulator_lanes(pointer(out), which))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from .build import why_not
-from .instructions import gemm_mma, gemm_wgmma, lanes, library, mode, traffic
+from .instructions import bulk_add, gemm_mma, gemm_wgmma, lanes, library, mode, traffic
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 MODES = [(eager, seed) for eager in (False, True) for seed in (0, 1, 2)]
@@ -64,6 +64,21 @@ def test_tma_reduces(modes):
     onto = torch.randn(64, 64)
     c = gemm_wgmma(a, b, 64, 3, onto=onto)
     torch.testing.assert_close(c, product(a, b) + onto, atol=1e-4, rtol=1e-5)
+
+
+def test_bulk_copies_take_turns(modes):
+    """Added in the order of the chunks: the same bits as adding them so."""
+    x, onto = torch.randn(5, 96), torch.randn(96)
+    expected = onto.clone()
+    for chunk in x:
+        expected += 2 * chunk
+    assert torch.equal(bulk_add(x, onto), expected)
+
+
+@pytest.mark.parametrize("bug", [1, 2], ids=["no wait for the load", "no wait for the addition"])
+def test_a_planted_bug_of_bulk_copies_is_caught(bug):
+    x, onto = torch.randn(3, 64), torch.randn(64)
+    assert caught(lambda: bulk_add(x, onto, bug), onto + 2 * x.sum(0))
 
 
 def expected_lanes(which):

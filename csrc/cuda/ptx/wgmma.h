@@ -17,6 +17,13 @@ FASTTX_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory");
 }
 
+// Keeps the compiler from moving uses of these registers across the wait before it.
+template <int N>
+FASTTX_DEVICE void wgmma_hold(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // accumulate == 0: d is overwritten. TRANS: the operand is MN-major.
 template <class T, int N>
 struct Wgmma;

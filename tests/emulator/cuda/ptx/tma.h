@@ -117,6 +117,37 @@ inline void tma_store(const TensorMap* map, uint32_t from, int x, int y, int z, 
 inline void tma_reduce_add(const TensorMap* map, uint32_t from, int x, int y) {
   tma::store(map, from, {{x, y}}, 2, true);
 }
+namespace bulk {
+inline void check(const void* global, uint32_t shared, uint32_t bytes) {
+  emulator::shared_pointer(shared, bytes, 16);
+  if (bytes % 16 || reinterpret_cast<uintptr_t>(global) % 16)
+    emulator::fault("a bulk copy whose size or address is not a multiple of 16");
+}
+}  // namespace bulk
+
+inline void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t mbarrier) {
+  bulk::check(from, to, bytes);
+  emulator::mbarrier(mbarrier);
+  emulator::land([=] {
+    memcpy(emulator::shared_pointer(to, bytes, 16), from, bytes);
+    emulator::traffic.read += bytes;
+    emulator::MBarrier& m = emulator::mbarrier(mbarrier);
+    m.bytes -= bytes;
+    emulator::mbarrier_progress(m);
+  });
+}
+inline void bulk_reduce_add(float* to, uint32_t from, uint32_t bytes) {
+  bulk::check(to, from, bytes);
+  auto add = [=] {
+    const auto* x = static_cast<const float*>(emulator::shared_pointer(from, bytes, 16));
+    for (uint32_t i = 0; i < bytes / 4; i++) to[i] += x[i];
+    emulator::traffic.written += bytes;
+  };
+  if (emulator::eager())
+    add();
+  else
+    emulator::running->bulk_open.push_back(add);
+}
 inline void tma_commit() {
   emulator::Thread& me = *emulator::running;
   me.bulk_groups.push_back(std::move(me.bulk_open));
@@ -127,6 +158,10 @@ void tma_wait_read() {
   auto& groups = emulator::running->bulk_groups;
   for (; groups.size() > N; groups.pop_front())
     for (auto& copy : groups.front()) copy();
+}
+template <int N>
+void tma_wait() {
+  tma_wait_read<N>();
 }
 inline void fence_async() {}
 

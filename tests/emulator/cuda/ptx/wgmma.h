@@ -118,6 +118,8 @@ void wgmma_wait() {
       for (auto& work : groups.front()) work();
   });
 }
+template <int N>
+void wgmma_hold(float (&)[N]) {}
 
 template <class T, int N>
 struct Wgmma {
