@@ -59,3 +59,13 @@ def mode(eager: bool = False, seed: int = 0):
 
 def traffic() -> instructions.Traffic:
     return instructions.traffic(library())
+
+
+@contextlib.contextmanager
+def card(sm: int) -> Iterator[None]:
+    """The ops take the kernels of a card of this compute capability; 90 without it."""
+    library().emulator_compute_capability(sm)
+    try:
+        yield
+    finally:
+        library().emulator_compute_capability(90)

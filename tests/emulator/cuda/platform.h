@@ -132,6 +132,7 @@ int launch(void (*kernel)(Arguments), dim3 grid, int threads, size_t shared, voi
                        [&] { kernel(arguments); });
 }
 inline int multiprocessors() { return 3; }
+inline int compute_capability() { return emulator::compute_capability; }
 
 }  // namespace fasttx
 

@@ -19,6 +19,7 @@ namespace emulator {
 Block block;
 Thread* running = nullptr;
 Traffic traffic;
+int compute_capability = 90;
 
 namespace {
 
@@ -355,6 +356,7 @@ EXPORT void emulator_configure(int eager, uint32_t seed) {
   emulator::eager_mode = eager;
   emulator::seed = seed;
 }
+EXPORT void emulator_compute_capability(int sm) { emulator::compute_capability = sm; }
 // The n-th launch from now fails.
 EXPORT void emulator_refuse(int n) { emulator::launches_until_refusal = n; }
 EXPORT const char* emulator_error() { return emulator::message.c_str(); }

@@ -90,6 +90,7 @@ struct Traffic {
 extern Block block;
 extern Thread* running;
 extern Traffic traffic;
+extern int compute_capability;  // which kernels an op takes
 
 bool eager();       // asynchronous work is done at once, else as late as waits allow
 unsigned random();  // 0 without a seed
