@@ -155,8 +155,12 @@ class CrossAttention(nn.Module):
         attn_mask: Tensor | None = None,
     ) -> Tensor:
         """x [B,S,d_model] to the same. memory: [B,T,memory_dim], or what `project` gave of it.
-        attn_mask: fasttx.attention's."""
+        attn_mask: fasttx.attention's. A memory of fewer sequences serves B / that many neighbours
+        each: they look at it as if they were more queries of one sequence."""
         k, v = self.project(memory) if isinstance(memory, Tensor) else memory
+        if k.shape[0] != x.shape[0] and k.shape[0] > 0 and x.shape[0] % k.shape[0] == 0:
+            together = x.reshape(k.shape[0], -1, x.shape[-1])
+            return self(together, (k, v), attn_mask=attn_mask).view(*x.shape[:-1], -1)
         q = self.q(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
         p = self.dropout if self.training else 0.0
         out = attention(q, k, v, attn_mask, p, scale=self.scale)
