@@ -1,5 +1,5 @@
 // softmax and log_softmax as torch ops on the stable ABI.
-#include "cpu/softmax.h"
+#include "ops/softmax.h"
 
 #include "cpu/isa.h"
 #include "ops_direct.h"
@@ -9,59 +9,24 @@ FASTTX_BY_ISA(int, softmax_bwd, (const fasttx_softmax&))
 
 namespace {
 
-// Four dimensions, the last of them last; stride 0 where the size is 1.
-fasttx_tensor columns_last(const Tensor& t) {
-  const fasttx_tensor v = view(t);
-  fasttx_tensor r = {v.data, v.dtype, {1, 1, 1, 1}, {0, 0, 0, 0}};
-  const int64_t missing = 4 - t.dim();
-  for (int64_t d = missing; d < 4; d++) {
-    r.sizes[d] = v.sizes[d - missing];
-    r.strides[d] = r.sizes[d] == 1 ? 0 : v.strides[d - missing];
-  }
-  return r;
-}
-fasttx_tensor columns_last(const OptionalTensor& t) {
-  return t.has_value() ? columns_last(*t) : fasttx_tensor{};
-}
-
 void softmax_fwd_cpu(Tensor out, Tensor x, OptionalTensor mask, double scale, bool causal,
                      bool lower_right, bool log, bool) {
-  fasttx_softmax a = {};
-  a.x = columns_last(x);
-  a.mask = columns_last(mask);
-  a.out = columns_last(out);
-  a.scale = scale;
-  a.causal = causal;
-  a.lower_right = lower_right;
-  a.log = log;
+  const fasttx_softmax a = forward_arguments(out, x, mask, scale, causal, lower_right, log);
   check(BY_ISA(softmax_fwd)(a), "softmax_fwd");
 }
 
-void softmax_bwd_cpu(Tensor dx, Tensor dmask, Tensor dout, Tensor out, Tensor x,
-                     OptionalTensor mask, double scale, bool causal, bool lower_right, bool log,
-                     int64_t need) {
-  fasttx_softmax a = {};
-  a.x = columns_last(x);
-  a.out = columns_last(out);
-  a.dout = columns_last(dout);
-  if (need & 1) a.dx = columns_last(dx);
-  if (need & 2) a.dmask = columns_last(dmask);
-  a.scale = scale;
-  a.causal = causal;
-  a.lower_right = lower_right;
-  a.log = log;
+void softmax_bwd_cpu(Tensor dx, Tensor dmask, Tensor dout, Tensor out, Tensor x, OptionalTensor,
+                     double scale, bool causal, bool lower_right, bool log, int64_t need) {
+  const fasttx_softmax a =
+      backward_arguments(dx, dmask, dout, out, x, scale, causal, lower_right, log, need);
   check(BY_ISA(softmax_bwd)(a), "softmax_bwd");
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fasttx_native, m) {
-  m.def(
-      "softmax_fwd_cpu(Tensor(a!) out, Tensor x, Tensor? mask, float scale, bool causal, "
-      "bool lower_right, bool log, bool wide) -> ()");
-  m.def(
-      "softmax_bwd_cpu(Tensor(a!) dx, Tensor(b!) dmask, Tensor dout, Tensor out, Tensor x, "
-      "Tensor? mask, float scale, bool causal, bool lower_right, bool log, int need) -> ()");
+  m.def("softmax_fwd_cpu" FASTTX_SOFTMAX_FWD_SCHEMA);
+  m.def("softmax_bwd_cpu" FASTTX_SOFTMAX_BWD_SCHEMA);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx_native, CPU, m) {

@@ -109,7 +109,7 @@ def attention_decode(
             right of a query at position p.
         scale: finite; None is 1 / sqrt(D).
         softcap: c > 0 turns the scaled product x into c * tanh(x / c), before the bias.
-        backend: None chooses; "cpu", "triton" or "reference" runs that or raises with every
+        backend: None chooses; "cpu", "cuda", "triton" or "reference" runs that or raises with every
             kernel's reason.
 
     Returns:
@@ -155,7 +155,7 @@ def cache_append(
             padding of a shorter row, are not written.
         block_table: int32 [B, n], as in fasttx.attention_decode. No page may be listed twice for
             the positions written.
-        backend: None chooses; "cpu", "triton" or "reference" runs that or raises with every
+        backend: None chooses; "cpu", "cuda", "triton" or "reference" runs that or raises with every
             kernel's reason.
 
     Raises:

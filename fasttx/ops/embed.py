@@ -171,7 +171,7 @@ def embed(
         scale: finite; multiplies the token's row alone (sqrt(N) in the original transformer).
         seed: the key of the dropout bits, an int or an int64 tensor of one element; None draws it
             from torch's generator.
-        backend: None chooses; "cpu", "triton" or "reference" runs that or raises with every
+        backend: None chooses; "cpu", "cuda", "triton" or "reference" runs that or raises with every
             kernel's reason.
 
     Returns:

@@ -150,7 +150,7 @@ def ffn(
         recompute: keep only x for the backward, which then computes the hidden layer again.
         seed: the key of the dropout bits, an int or an int64 tensor of one element; None draws it
             from torch's generator.
-        backend: None chooses; "cpu", "triton" or "reference" runs that or raises with every
+        backend: None chooses; "cpu", "cuda", "triton" or "reference" runs that or raises with every
             kernel's reason.
 
     Returns:

@@ -132,7 +132,7 @@ def linear(
         bias: [N] or None.
         activation: None, "gelu" (erf), "gelu_tanh", "relu" or "silu".
         residual: [..., N] or None, added after the activation.
-        backend: None chooses; "cpu", "triton" or "reference" runs that or raises with every
+        backend: None chooses; "cpu", "cuda", "triton" or "reference" runs that or raises with every
             kernel's reason.
 
     Returns:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import differentiable
-from ..op import Kernel, Needs, Op
+from ..op import HALF, Kernel, Needs, Op
 from ._checks import FLOATS, check_backend, check_float, number, short
 
 __all__ = ["log_softmax", "softmax", "softmax_bwd", "softmax_fwd", "softmax_out"]
@@ -67,7 +67,11 @@ for _op in (softmax_fwd, softmax_bwd, softmax_out):
             ),
             _reference,
         ],
-        cuda=[Kernel("triton", _triton, Needs(dtype_of="x", sm=80)), _reference],
+        cuda=[
+            Kernel("triton", _triton, Needs(dtype_of="x", sm=80)),
+            Kernel("cuda", f"native:{_name}_cuda", Needs(HALF, dtype_of="x", sm=80)),
+            _reference,
+        ],
     )
 
 
@@ -114,7 +118,7 @@ def softmax(
         dim: the dimension that sums to 1.
         out: memory for the result, of its shape and dtype, or None. x itself may be; gradients are
             not taken then.
-        backend: None chooses; "cpu", "triton" or "reference" runs that or raises with every
+        backend: None chooses; "cpu", "cuda", "triton" or "reference" runs that or raises with every
             kernel's reason.
 
     Returns:

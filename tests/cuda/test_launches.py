@@ -11,6 +11,7 @@ from .emulated import library
 
 X, W = torch.randn(6, 40).bfloat16(), torch.randn(40).bfloat16()
 Q, ANGLES = torch.randn(1, 2, 3, 16).bfloat16(), torch.randn(3, 16)
+ROWS, MASK = torch.randn(4, 24).bfloat16(), torch.randn(24)
 LOGITS, TARGET = torch.randn(4, 50).bfloat16(), torch.tensor([1, 2, 3, 4])
 
 
@@ -23,6 +24,22 @@ def add_norm():
 def rope():
     q = Q.clone().requires_grad_()
     fasttx.rope(q, Q, ANGLES, ANGLES, backend="cuda")[0].sum().backward()
+
+
+def softmax():
+    x, mask = ROWS.clone().requires_grad_(), MASK.clone().requires_grad_()
+    fasttx.softmax(x, mask=mask, backend="cuda").square().sum().backward()
+
+
+def log_softmax():
+    # Odd rows, and a mask of one number a row.
+    x, mask = ROWS[:, 1:].clone().requires_grad_(), torch.zeros(1, 1).requires_grad_()
+    fasttx.log_softmax(x, mask=mask, backend="cuda").square().sum().backward()
+
+
+def softmax_down_a_column():
+    x = ROWS.t().contiguous().expand(2, -1, -1).transpose(1, 2).contiguous().requires_grad_()
+    fasttx.softmax(x, dim=1, backend="cuda").square().sum().backward()
 
 
 def cross_entropy(**options):
@@ -40,6 +57,9 @@ def in_place():
     [
         (add_norm, ["add_norm_fwd", *["add_norm_bwd"] * 3]),
         (rope, ["rope_fwd", "rope_bwd"]),
+        (softmax, ["softmax_fwd", *["softmax_bwd"] * 3]),
+        (log_softmax, ["softmax_fwd", *["softmax_bwd"] * 3]),
+        (softmax_down_a_column, ["softmax_fwd", "softmax_bwd"]),
         (cross_entropy, [*["cross_entropy_fwd"] * 3, "cross_entropy_bwd"]),
         (in_place, [*["cross_entropy_inplace"] * 3, "cross_entropy_rescale"]),
     ],

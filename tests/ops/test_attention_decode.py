@@ -465,7 +465,7 @@ BAD = {
     "positions": (ValueError, r"position_bias.positions must be \[20\] or \[2, 20\]", {"position_bias": ALiBi(torch.ones(4), torch.arange(5))}),
     "table heads": (ValueError, r"position_bias.weight must be \[buckets, 4\], got shape \(32, 2\)", {"position_bias": RelativePositionBias(torch.ones(32, 2))}),
     "query_offset": (ValueError, "position_bias.query_offset must be None, got 3", {"position_bias": RelativePositionBias(torch.ones(32, 4), query_offset=3)}),
-    "backend": (ValueError, "backend must be None or one of cpu, triton, reference, got 'torch'", {"backend": "torch"}),
+    "backend": (ValueError, "backend must be None or one of cpu, cuda, triton, reference, got 'torch'", {"backend": "torch"}),
     "grad q": (ValueError, "q must not require grad, .* attention_decode has no gradient", {"q": Q.clone().requires_grad_()}),
     "grad cache": (ValueError, "v_cache must not require grad", {"v_cache": CACHE.clone().requires_grad_()}),
     "grad table": (ValueError, "position_bias.weight must not require grad", {"position_bias": RelativePositionBias(torch.ones(32, 4, requires_grad=True))}),

@@ -520,7 +520,7 @@ BAD = {
     "scale": (ValueError, "scale must be a finite number, got inf", {"scale": float("inf")}),
     "dropout": (ValueError, r"dropout_p must be in \[0, 1\), got 1.0", {"dropout_p": 1.0}),
     "seed": (ValueError, "seed must be a 64-bit int.*got 'x'", {"seed": "x", "dropout_p": 0.1}),
-    "backend": (ValueError, "backend must be None or one of cpu, triton, reference, got 'cudnn'", {"backend": "cudnn"}),
+    "backend": (ValueError, "backend must be None or one of cpu, cuda, triton, reference, got 'cudnn'", {"backend": "cudnn"}),
 }  # fmt: skip
 
 

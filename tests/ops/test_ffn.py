@@ -359,7 +359,7 @@ BAD = {
     "hidden dropout": (ValueError, r"hidden_dropout_p must be in \[0, 1\), got -0.5", {"hidden_dropout_p": -0.5}),
     "dropout type": (TypeError, r"dropout_p must be in \[0, 1\), got '0'", {"dropout_p": "0"}),
     "seed": (ValueError, "seed must be a 64-bit int.*got 'x'", {"seed": "x", "dropout_p": 0.1}),
-    "backend": (ValueError, "backend must be None or one of cpu, triton, reference, got 'cudnn'", {"backend": "cudnn"}),
+    "backend": (ValueError, "backend must be None or one of cpu, cuda, triton, reference, got 'cudnn'", {"backend": "cudnn"}),
 }  # fmt: skip
 
 

@@ -351,7 +351,7 @@ BAD = {
     "residual device": (ValueError, "residual must be on x's device cpu, got meta", {"residual": X[..., :4].to("meta")}),
     "activation": (ValueError, "activation must be None, 'gelu', 'gelu_tanh', 'relu', 'silu', got 'tanh'", {"activation": "tanh"}),
     "activation type": (ValueError, "activation must be None, .*got 1", {"activation": 1}),
-    "backend": (ValueError, "backend must be None or one of cpu, triton, reference, got 'cudnn'", {"backend": "cudnn"}),
+    "backend": (ValueError, "backend must be None or one of cpu, cuda, triton, reference, got 'cudnn'", {"backend": "cudnn"}),
 }  # fmt: skip
 
 

@@ -276,7 +276,7 @@ BAD = {
     "generator type": (TypeError, "generator must be None or a torch.Generator, got int", {"generator": 3}),
     "generator and seed": (ValueError, "generator must be None where seed is given, got both", {"generator": torch.Generator(), "seed": 1}),
     "seed": (ValueError, "seed must be a 64-bit int.*got 'x'", {"seed": "x"}),
-    "backend": (ValueError, "backend must be None or one of cpu, triton, reference, got 'cudnn'", {"backend": "cudnn"}),
+    "backend": (ValueError, "backend must be None or one of cpu, cuda, triton, reference, got 'cudnn'", {"backend": "cudnn"}),
 }  # fmt: skip
 
 
