@@ -1,5 +1,7 @@
 """fasttx: fused transformer kernels (Triton, C++ SIMD) behind PyTorch autograd: as ops, as layers
-(fasttx.nn) and as a patch of existing models."""
+(fasttx.nn), as models (fasttx.models) and as a patch of existing models."""
+
+import importlib
 
 from . import layers as nn
 from .explain import explain
@@ -39,10 +41,12 @@ __all__ = [
     "embed",
     "explain",
     "ffn",
+    "from_pretrained",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
     "log_softmax",
+    "models",
     "nn",
     "patch",
     "rms_norm",
@@ -52,3 +56,12 @@ __all__ = [
     "softmax",
     "unpatch",
 ]
+
+
+def __getattr__(name: str):
+    """The models are imported when they are asked for."""
+    if name == "from_pretrained":
+        return importlib.import_module(".models", __name__).from_pretrained
+    if name == "models":
+        return importlib.import_module(".models", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
