@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from . import never_slower, report
 from . import options as asked
-from . import report
 from .options import Options
 from .session import Session
 
@@ -26,7 +26,8 @@ def bench(
     targets: Annotated[
         list[str] | None,
         typer.Argument(
-            help="op NAME, model NAME, or just names; none: attention bert, op: every op."
+            help="op NAME, model NAME, or just names; none: attention bert, op: every op. "
+            "never-slower [OP ...]: the grid on which PyTorch must not be faster."
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Under 4 minutes. The default.")] = False,
@@ -57,7 +58,9 @@ def bench(
     """
     try:
         chosen = asked.suite(suite, quick=quick, full=full, musts=musts)
-        ops, models = asked.targets(targets or [])
+        targets = targets or []
+        walk = targets[:1] == ["never-slower"]
+        ops, models = asked.targets([] if walk else targets)
         sizes = asked.sizes("--seqlen", seqlen)
         if sizes and not targets:
             models = ()
@@ -85,6 +88,8 @@ def bench(
             out=out,
             command=shlex.join(["fasttx", "bench", *_arguments()]),
         )
+        if walk:
+            return never_slower.execute(options, Console(), tuple(targets[1:]))
     except asked.UsageError as error:
         raise BadUsage(str(error)) from None
     return execute(options, Console())

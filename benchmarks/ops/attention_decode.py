@@ -64,7 +64,7 @@ def _steps(function):
     return timed
 
 
-def _work(dtype, batch, heads=12, groups=12, queries=1, keys=2048, head_dim=64, page=None):
+def work(dtype, batch, heads=12, groups=12, queries=1, keys=2048, head_dim=64, page=None):
     def make(device, generator) -> Inputs:
         def randn(*shape):
             x = torch.randn(shape, generator=generator, device=device)
@@ -111,21 +111,21 @@ def _work(dtype, batch, heads=12, groups=12, queries=1, keys=2048, head_dim=64, 
 
 
 def quick_cases(dtypes: tuple[str, ...]) -> list[Work]:
-    return [_work(dtype, batch) for dtype in dtypes for batch in (1, 8)]
+    return [work(dtype, batch) for dtype in dtypes for batch in (1, 8)]
 
 
 def must_cases(dtypes: tuple[str, ...]) -> list[Work]:
-    return [_work(*key) for key in GOALS if key[0] in dtypes]
+    return [work(*key) for key in GOALS if key[0] in dtypes]
 
 
 def full_cases(dtypes: tuple[str, ...]) -> list[Work]:
     cases = quick_cases(dtypes)
     for dtype in dtypes:
         cases += [
-            _work(dtype, 1, page=16),
-            _work(dtype, 8, page=64),
-            _work(dtype, 1, heads=32, groups=8, head_dim=128),
-            _work(dtype, 1, queries=4),
-            _work(dtype, 1, keys=32768),
+            work(dtype, 1, page=16),
+            work(dtype, 8, page=64),
+            work(dtype, 1, heads=32, groups=8, head_dim=128),
+            work(dtype, 1, queries=4),
+            work(dtype, 1, keys=32768),
         ]
     return cases

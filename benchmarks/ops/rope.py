@@ -22,7 +22,7 @@ def _turned(x: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((-b, a), -1)
 
 
-def _work(dtype, batch, heads, groups, rows, head_dim, order="BSHD", form="", goal=GOAL) -> Work:
+def work(dtype, batch, heads, groups, rows, head_dim, order="BSHD", form="", goal=GOAL) -> Work:
     interleaved, inplace = "interleaved" in form, "in place" in form
 
     def make(device, generator) -> Inputs:
@@ -97,11 +97,11 @@ def must_cases(dtypes: tuple[str, ...]) -> list[Work]:
         case
         for dtype in dtypes
         for case in (
-            _work(dtype, 4, 12, 12, 512, 64),
-            _work(dtype, 4, 12, 12, 512, 64, "BHSD"),
-            _work(dtype, 4, 12, 12, 512, 64, form="interleaved"),
-            _work(dtype, 4, 12, 12, 512, 64, form="in place"),
-            _work(dtype, 1, 32, 8, 1, 128),
+            work(dtype, 4, 12, 12, 512, 64),
+            work(dtype, 4, 12, 12, 512, 64, "BHSD"),
+            work(dtype, 4, 12, 12, 512, 64, form="interleaved"),
+            work(dtype, 4, 12, 12, 512, 64, form="in place"),
+            work(dtype, 1, 32, 8, 1, 128),
         )
     ]
 
@@ -111,5 +111,5 @@ def quick_cases(dtypes: tuple[str, ...]) -> list[Work]:
 
 
 def full_cases(dtypes: tuple[str, ...]) -> list[Work]:
-    more = [_work(dtype, 1, 32, 8, 2048, 128, goal=(None, None)) for dtype in dtypes]
+    more = [work(dtype, 1, 32, 8, 2048, 128, goal=(None, None)) for dtype in dtypes]
     return quick_cases(dtypes) + more
