@@ -8,52 +8,6 @@ namespace {
 constexpr int ROWS = 2;                 // rows whose sums run side by side
 constexpr int64_t MAX_TOGETHER = 4096;  // wider rows go one by one: ROWS of them leave the cache
 
-// Two vectors side by side, past the cache where STREAM.
-template <bool STREAM>
-FASTTX_INLINE void store_two(float* p, vf a, vf b) {
-#if FASTTX_AVX512
-  if (STREAM) {
-    _mm512_stream_ps(p, (__m512)a);
-    _mm512_stream_ps(p + W, (__m512)b);
-    return;
-  }
-#endif
-  store(p, a);
-  store(p + W, b);
-}
-template <bool STREAM>
-FASTTX_INLINE void store_two(bf16* p, vf a, vf b) {
-#if FASTTX_AVX512
-  __m512i both;
-#if defined(__AVX512BF16__)
-  // The instruction flushes subnormals.
-  constexpr int SUBNORMAL = 0x20;
-  if (__builtin_expect(!(_mm512_fpclass_ps_mask((__m512)a, SUBNORMAL) |
-                         _mm512_fpclass_ps_mask((__m512)b, SUBNORMAL)), 1))
-    both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-  else
-#endif
-    both = _mm512_inserti64x4(_mm512_castsi256_si512(round_bf16(a)), round_bf16(b), 1);
-  if (STREAM) _mm512_stream_si512((__m512i*)p, both);
-  else _mm512_storeu_si512(p, both);
-#else
-  store(p, a);
-  store(p + W, b);
-#endif
-}
-template <bool STREAM>
-FASTTX_INLINE void store_two(f16* p, vf a, vf b) {
-#if FASTTX_AVX512
-  const __m512i both = _mm512_inserti64x4(
-      _mm512_castsi256_si512(_mm512_cvtps_ph((__m512)a, 0)), _mm512_cvtps_ph((__m512)b, 0), 1);
-  if (STREAM) _mm512_stream_si512((__m512i*)p, both);
-  else _mm512_storeu_si512(p, both);
-#else
-  store(p, a);
-  store(p + W, b);
-#endif
-}
-
 // Inputs of a later row, to be on their way to the cache while a row is worked on; null: none.
 struct Later {
   const char *x, *residual;
@@ -170,21 +124,10 @@ bool plain(const Problem& p) {
          (!a.residual.data || (a.residual.dtype == a.x.dtype && a.residual.column == 1));
 }
 
-// Outputs go past the cache where the call touches more than its last level holds.
-bool streams(const Problem& p, int64_t element) {
-#if FASTTX_AVX512
-  const fasttx_add_norm& a = *p.a;
-  const int64_t touched = p.M * p.N * element * (a.residual.data ? 3 : 2);
-  return touched > cache_bytes() && ((uintptr_t)a.out.data | (p.N * element)) % 64 == 0;
-#else
-  (void)p, (void)element;
-  return false;
-#endif
-}
-
 template <class T>
 int forward(const Problem& p) {
-  const bool fast = plain(p), streaming = streams(p, sizeof(T));
+  const bool fast = plain(p);
+  const bool streaming = streams<T>(p, p.a->out, p.a->residual.data ? 3 : 2);
   const int64_t rows = round_up(max64(1, 32768 / p.N), ROWS);
   const size_t bytes = (ROWS + 1) * p.padded * sizeof(float);
   int status = FASTTX_OK;
