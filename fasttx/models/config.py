@@ -31,7 +31,8 @@ class Config:
     positions: "learned", "sinusoidal", "alibi" or "relative". max_positions: rows of a learned
     table, None where there is no limit. layer_scale: the logits of layer i are divided by i + 1 as
     well. final_norm, final_dropout: after the last layer. tied: the output layer is the token
-    table; logit_scale multiplies what enters it. The decoder_ fields are those of a seq2seq model.
+    table, shared: the decoder's tokens are the encoder's; logit_scale multiplies what enters the
+    output layer. The decoder_ fields are those of a seq2seq model.
     generation: the content of generation_config.json.
     """
 
@@ -72,6 +73,7 @@ class Config:
     decoder_heads: int = 0
     decoder_d_ff: int = 0
     tied: bool = True
+    shared: bool = True
     logit_scale: float = 1.0
     logits_bias: bool = False
     pooler: bool = False

@@ -97,7 +97,7 @@ class BaseModel(nn.Module):
         }
         out = self._run(input_ids, attention_mask, given)
         if self.head is not None:
-            out.pooled = self.head(out.hidden)
+            out.pooled = self.head(_first(out.hidden, attention_mask))
         return out
 
     def _run(self, input_ids, attention_mask, given: dict, labels: Tensor | None = None) -> Output:
@@ -135,8 +135,15 @@ class _Pooler(nn.Module):
         super().__init__()
         self.dense = Linear(config.d_model, config.d_model, **factory)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return torch.tanh(self.dense(hidden[:, 0]))
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.dense(x))
+
+
+def _first(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """The hidden state [B,d_model] of each sequence's first real token."""
+    if mask is None:
+        return hidden[:, 0]
+    return hidden[torch.arange(len(hidden), device=hidden.device), mask.long().argmax(1)]
 
 
 class _Language(nn.Module):
@@ -374,7 +381,7 @@ class SequenceClassification(_Classification):
         config, places = self.config, torch.arange(ids.shape[1], device=ids.device)
         rule = families.FAMILIES[config.family].classifier
         if rule in ("pooled", "first"):
-            return hidden[:, 0]
+            return _first(hidden, mask)
         if rule == "eos":
             seen = ids == config.eos_token_id
             if hidden.shape[1] != ids.shape[1] or not seen.any(1).all():

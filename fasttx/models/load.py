@@ -10,6 +10,7 @@ from ..ops.embed import sinusoidal_positions
 from . import families
 from .checkpoint import Weights, listed
 from .config import CheckpointError, Config, read_json
+from .families.family import modern, output_names, unprefixed
 from .heads import MODELS, BaseModel, architecture
 from .initial import initialize
 from .names import stored
@@ -109,7 +110,7 @@ class _Loading:
         self.config, self.head, self.own, self.weights = config, head, own, weights
         self.found: dict[str, str] = {}
         for key in weights:
-            plain = families.modern(key.removeprefix(self.family.prefix))
+            plain = modern(key.removeprefix(self.family.prefix))
             if plain in self.found:
                 raise CheckpointError(
                     f"{weights.where(key)}: {key} and {self.found[plain]} are the same weights"
@@ -130,16 +131,34 @@ class _Loading:
         positions that were learned."""
         rules = self.family.heads.get(self.head, {})
         if self.config.pooler:
-            pooler = families.plain(rules.get("head.dense", "")) + ".weight"
+            pooler = unprefixed(rules.get("head.dense", "")) + ".weight"
             self.config = replace(self.config, pooler=pooler in self.found)
-        output, tokens = families.output_names(self.family, self.head)
-        if output in self.found and tokens in self.found and self.config.tied:
+        self._labels(rules)
+        output, tokens = output_names(self.family, self.head)
+        sides = [f"{name}.weight" for name in self.family.separate.values()]
+        if not self.config.tied and sides and all(side in self.found for side in sides):
+            keys = [self.found[side] for side in sides]
+            if (
+                not self.weights.equal(*keys)
+                or tokens in self.found
+                and not self.weights.equal(keys[0], self.found[tokens])
+            ):
+                self.config = replace(self.config, shared=False)
+                self.found.pop(tokens, None)
+        elif output in self.found and tokens in self.found and self.config.tied:
             same = self.weights.equal(self.found[output], self.found[tokens])
             self.config = replace(self.config, tied=same)
         elif self.config.family == "t5" and output not in self.found:
             self.config = replace(self.config, tied=True)
         if self.config.positions == "sinusoidal":
             self._sinusoidal()
+
+    def _labels(self, rules: dict) -> None:
+        """The number of labels, where the config says nothing."""
+        key = self.found.get(f"{rules.get('head.out')}.weight")
+        said = {"num_labels", "id2label"} & self.config.source.keys()
+        if key is not None and self.head == self.own and not said and "classif" in self.head:
+            self.config = replace(self.config, num_labels=(*self.weights.shape(key), 0)[0])
 
     def _sinusoidal(self) -> None:
         """A file may hold the fixed positions, or learned ones in their place."""
@@ -160,8 +179,10 @@ class _Loading:
 
     def _join(self) -> None:
         """Weights that stand in a folder under two names become one, under ours."""
-        output, tokens = families.output_names(self.family, self.head)
+        output, tokens = output_names(self.family, self.head)
         pairs = dict(self.family.tied)
+        if not self.config.shared:
+            pairs = {}
         if self.config.tied and output:
             pairs[output] = tokens
         for alias, name in pairs.items():
@@ -208,7 +229,7 @@ class _Loading:
         others = family.unused
         if new:
             rules = [rule for head in family.heads.values() for rule in head.values()]
-            others += tuple(families.plain(rule) for rule in rules)
+            others += tuple(unprefixed(rule) for rule in rules)
         unexpected = [
             self.found[plain]
             for plain in self.found.keys() - used

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .config import Config
-from .families import FAMILIES, Family, PerHead, Rows, Transposed
+from .families import FAMILIES
+from .families.family import Family, PerHead, Rows, Transposed
 
 __all__ = ["Stored", "stored"]
 
@@ -38,6 +39,9 @@ def _place(name: str, tensor: Tensor, config: Config, kind: str) -> Stored:
     names = rule if isinstance(rule, Rows) else (rule,)
     base = not name.startswith("head.") or str(names[0]).startswith("{base}")
     names = tuple(str(n).replace("{i}", layer).removeprefix("{base}") + ending for n in names)
+    if config.gated:
+        for part, other in FAMILIES[config.family].gated.items():
+            names = tuple(n.replace(part, other) for n in names)
     shape = tuple(tensor.shape)
     if isinstance(rule, Rows):
         each = shape[0] // len(names)
@@ -56,7 +60,8 @@ def _rule(name: str, family: Family, config: Config, kind: str) -> tuple[str, st
     if name.startswith("head."):
         rules, plain = family.heads[kind], name
     else:
-        rules, plain = family.names, name.removeprefix("transformer.")
+        rules = family.names if config.shared else family.names | family.separate
+        plain = name.removeprefix("transformer.")
         if config.topology != family.topology:
             plain = f"{config.topology}.{plain}"
     layer = re.search(r"\.layers\.(\d+)\.", plain)

@@ -19,7 +19,17 @@ __all__ = ["save_pretrained"]
 _OURS = ("config.json", "generation_config.json")
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
 # Fields that a folder's weights decide, or its architecture.
-_OPEN = ("generation", "max_positions", "pooler", "positions", "source", "tied", "topology")
+_OPEN = (
+    "generation",
+    "max_positions",
+    "num_labels",
+    "pooler",
+    "positions",
+    "shared",
+    "source",
+    "tied",
+    "topology",
+)
 
 
 def save_pretrained(model: BaseModel, folder, *, max_shard_bytes: int | None = None) -> None:
@@ -65,6 +75,8 @@ def _config(model: BaseModel) -> dict:
     if changed:
         raise ValueError(f"config: a folder has no words for the changed {', '.join(changed)}")
     values = {k: v for k, v in config.source.items() if k != "torch_dtype"}
+    if config.num_labels != written.num_labels:
+        values["num_labels"] = config.num_labels
     values["architectures"] = [architecture(config, model.kind)]
     values["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     return values
@@ -84,6 +96,9 @@ def _tensors(model: BaseModel) -> dict[str, Tensor]:
         for alias, name in family.tied.items():
             if alias.endswith("decoder.bias") and name in tensors:
                 tensors[alias] = tensors[name].clone()
+    if not model.config.shared:
+        side, shared = (f"{prefix}{n}.weight" for n in ("encoder.embed_tokens", "shared"))
+        tensors[shared] = tensors[side].clone()
     return tensors
 
 

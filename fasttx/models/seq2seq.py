@@ -13,14 +13,16 @@ __all__ = ["Seq2Seq"]
 
 
 class Seq2Seq(nn.Module):
-    """An encoder, and a decoder that attends to what it gives; one token table for both."""
+    """An encoder, and a decoder that attends to what it gives; one token table for both, unless
+    config.shared is False."""
 
     def __init__(self, config: Config, *, device=None, dtype=None):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.config = config
         self.encoder, self.decoder = Encoder(config, **factory), Decoder(config, **factory)
-        self.decoder.embedding.tokens = self.encoder.embedding.tokens
+        if config.shared:
+            self.decoder.embedding.tokens = self.encoder.embedding.tokens
 
     def forward(
         self,
