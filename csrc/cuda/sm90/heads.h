@@ -71,18 +71,13 @@ FASTTX_DEVICE uint32_t at_heads(int row, int column) {
   return column / SLAB * (ROWS * 128) + row * 128 + ((column % SLAB / 8 ^ (row & 7)) << 4);
 }
 
-// A place in a ring of stages, and the parity of its round: a consumer waits for full[stage] at
-// `phase`, a producer for empty[stage] at phase ^ 1.
+// A ring of STAGES, a power of two, by one count: a consumer of number n waits for full[stage(n)] at
+// phase(n), a producer for empty[stage(n)] at phase(n) ^ 1.
 template <int STAGES>
 struct Ring {
-  int stage = 0;
-  uint32_t phase = 0;
-  FASTTX_DEVICE void advance() {
-    if (++stage == STAGES) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
+  static_assert((STAGES & (STAGES - 1)) == 0);
+  static FASTTX_DEVICE int stage(uint32_t n) { return n % STAGES; }
+  static FASTTX_DEVICE uint32_t phase(uint32_t n) { return n / STAGES & 1; }
 };
 
 }  // namespace fasttx
