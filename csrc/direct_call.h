@@ -176,7 +176,9 @@ inline PyObject* direct_call(PyObject* self, PyObject* values) {
   if (!fits) Py_RETURN_NOTIMPLEMENTED;
 
   PyObject* made = nullptr;
-  if (!op->outputs) {
+  if (direct->alloc == Py_None) {
+    made = Py_NewRef(Py_None);
+  } else if (!op->outputs) {
     made = PyObject_CallObject(direct->alloc, values);
     if (!made) return nullptr;
     PyObject* tuple = PyTuple_CheckExact(made) ? Py_NewRef(made) : PyTuple_Pack(1, made);
@@ -207,7 +209,7 @@ inline PyObject* direct_call(PyObject* self, PyObject* values) {
 }
 
 // direct(arguments): the outputs of an op of libfasttx, or NotImplemented. alloc(*arguments) makes
-// them where the library does not; (dtypes, dtype_of, sizes, absent) is what the kernel needs. None
+// them where the library does not, and is None for an op that fills its arguments; (dtypes, dtype_of, sizes, absent) is what the kernel needs. None
 // where there is no such op.
 inline pybind11::object find_direct(const char* name, pybind11::object alloc,
                                     const std::vector<pybind11::object>& dtypes, int dtype_of,

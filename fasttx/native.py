@@ -83,15 +83,15 @@ def unavailable() -> str | None:
     return _reason
 
 
-def direct(name: str, alloc: Callable, **needs) -> Callable | None:
+def direct(name: str, alloc: Callable | None, **needs) -> Callable | None:
     """An op of the library as `function(args)`, without torch's dispatcher, at a third of its cost.
 
     It runs the op only where nothing but the kernel has to do with the call, and returns
     NotImplemented anywhere else: under a dispatch or function mode, a functorch transform, tracing
     or the profiler; for a tensor subclass or what else is not plain memory on the CPU; for a tensor
     that requires grad in grad mode; and where the kernel's needs (dtypes, dtype_of, sizes, absent,
-    arguments by number) are not met. The outputs are alloc(*args), or made by the library. None
-    where the library or fasttx._C lacks the op.
+    arguments by number) are not met. The outputs are alloc(*args), or made by the library; with None for
+    alloc the op fills its arguments and there are none. None where the library or fasttx._C lacks the op.
     """
     if unavailable():
         return None

@@ -197,12 +197,27 @@ def test_which_kernels_have_one():
     assert Kernel("cpu", target, Needs(env=("A", "1"))).direct(op) is None
     assert Kernel("cpu", "native:no_such").direct(op) is None
     assert Kernel("reference", "fasttx.reference.attention:attention_fwd").direct(op) is None
-    append = OPS["cache_append_inplace"]
-    assert Kernel("cpu", "native:cache_append_inplace_cpu").direct(append) is None
     refuses = Kernel("cpu", target, Needs(absent=("mask", "softcap"))).direct(op)
     assert refuses(attention_args()) is not NotImplemented
     assert refuses(changed(12, 2.0)) is NotImplemented
     assert refuses(changed(3, torch.zeros(1, 1, 5, 5))) is NotImplemented
+
+
+def test_an_op_that_changes_its_argument():
+    """It runs directly, returns nothing, and its door counts the version."""
+    x, out = torch.randn(3, 7), torch.full((3, 7), torch.nan)
+    for _ in range(2):  # the first call finds the kernel
+        before = out._version
+        assert fasttx.softmax(x, out=out) is out
+        assert out._version == before + 1
+    torch.testing.assert_close(out, x.softmax(-1))
+    direct = OPS["softmax_out"].direct[None]
+    args = (out, x * 2, None, 1.0, False, False, False, False)
+    assert direct(args) is None
+    torch.testing.assert_close(out, (x * 2).softmax(-1))
+    out.requires_grad_()
+    with pytest.raises(ValueError, match="out must not require grad"):
+        fasttx.softmax(x, out=out)
 
 
 def test_errors_of_the_library():
