@@ -50,9 +50,8 @@ class Limits:
 def measure(device: torch.device, threads: int, dtypes: dict[str, torch.dtype]) -> Limits:
     clock = clock_for(device, threads)
     limits = Limits(str(device), threads)
-    size = GPU_GEMM_SIZE if device.type == "cuda" else GEMM_SIZE
     for name, dtype in dtypes.items():
-        limits.gemm[name] = 2.0 * size**3 / _gemm_seconds(size, dtype, device, clock)
+        limits.gemm[name] = gemm(dtype, device, threads)
         peak = _native_peak(name, ThreadClock()) if device.type == "cpu" else 0.0
         if peak:
             limits.peak[name] = peak * threads
@@ -63,11 +62,14 @@ def measure(device: torch.device, threads: int, dtypes: dict[str, torch.dtype]) 
     return limits
 
 
-def _gemm_seconds(size: int, dtype: torch.dtype, device: torch.device, clock: Clock) -> float:
+def gemm(dtype: torch.dtype, device: torch.device, threads: int) -> float:
+    """FLOP/s of torch's own square matrix product."""
+    size = GPU_GEMM_SIZE if device.type == "cuda" else GEMM_SIZE
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
     out = torch.empty_like(a)
-    return _best(clock, lambda: torch.mm(a, b, out=out))
+    clock = clock_for(device, threads)
+    return 2.0 * size**3 / _best(clock, lambda: torch.mm(a, b, out=out))
 
 
 def _best(clock: Clock, call) -> float:

@@ -7,6 +7,9 @@ _WHERE = {
     "text": ("read_documents",),
     "tokenizer": ("Tokenizer", "TokenizerMismatch", "check_tokenizer", "train_tokenizer"),
     "stream": ("TokenStream",),
+    "options": ("ConfigError", "TrainOptions"),
+    "batches": ("Rows",),
+    "loop": ("Result", "TrainingError", "fit"),
     "objectives": ("CausalLM", "Examples", "MaskedLM", "SpanCorruption", "TextInfilling"),
 }
 _NAMES = {name: module for module, names in _WHERE.items() for name in names}

@@ -319,12 +319,12 @@ class Examples:
     def __len__(self) -> int:
         return len(self.spans)
 
-    def batch(self, indices, epoch: int = 0) -> dict[str, Tensor]:
-        """The rows of these indices, with the noise of this epoch."""
-        epoch = epoch if self.dynamic else 0
+    def batch(self, indices, epochs=0) -> dict[str, Tensor]:
+        """The rows of these indices, with the noise of this epoch, or of one epoch for each."""
+        epochs = np.broadcast_to(epochs if self.dynamic else 0, len(indices))
         rows = []
-        for i in map(int, indices):
-            rng = np.random.default_rng([self.seed, epoch, i])
+        for i, epoch in zip(indices, epochs, strict=True):
+            rng = np.random.default_rng([self.seed, int(epoch), int(i)])
             rows.append(self.objective.row(self.stream, *self.spans[i], rng))
         return self.objective.collate(rows)
 
