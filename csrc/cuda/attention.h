@@ -27,9 +27,9 @@ struct Attention {
   int sequences;             // packed; 0: not packed
   int left, right;           // of the band, UNBOUNDED where there is none
   int mask;                  // a MaskKind
-  float scale;      // of q k^T: in units of log2(e), but without where there is a softcap
-  float cap, cap2;  // 0: none. 1 / softcap, and softcap in units of log2(e)
-  float grad_scale;  // of dq and dk
+  float scale;       // score = scale q k^T in units of log2(e); with a softcap cap tanh(scale q k^T)
+  float cap;         // softcap in units of log2(e); 0: none
+  float grad_scale;  // of dq and dk: the op's own scale
   Dropout dropout;
   // Backward, [B, H, S] each: p = exp2(logit - peak - log_total), where log_total is 0 unless
   // two_numbers; peak is +inf for a row without keys. delta = sum of dout out - dlse.
@@ -37,9 +37,9 @@ struct Attention {
   int two_numbers;
 };
 
-// Whether the rows, or a bias, need what the plainest kernels leave out.
-inline bool has_bias(const Attention& p) {
-  return p.mask != NO_MASK || p.a.slopes.data || p.a.table.data;
+// Whether scores need no more than a factor > 0 and the band.
+inline bool is_plain(const Attention& p) {
+  return p.mask == NO_MASK && !p.a.slopes.data && !p.a.table.data && p.cap == 0.0f && p.scale > 0.0f;
 }
 inline int64_t row_floats(const Attention& p) { return int64_t{p.B} * p.H * p.S; }
 

@@ -7,6 +7,8 @@
 #include <stdint.h>
 
 #define FASTTX_DEVICE __device__ __forceinline__
+// Not inlined: what is rare must not cost the rest registers.
+#define FASTTX_RARE __device__ __noinline__
 // The kernel's only shared memory; the launch says how many bytes.
 #define FASTTX_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 

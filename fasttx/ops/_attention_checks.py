@@ -19,7 +19,7 @@ from ._checks import (
 )
 from ._position_bias import ALiBi, RelativePositionBias
 
-BACKENDS = ("cpu", "triton", "reference", "torch")
+BACKENDS = ("cpu", "cuda", "triton", "reference", "torch")
 _ALIGNMENTS = {False: None, True: False, "upper_left": False, "lower_right": True}
 _NOTHING = (None,) * 6
 

@@ -62,6 +62,7 @@ def _statistics(q: Tensor) -> torch.dtype:
 
 attention_fwd.backward = attention_bwd
 _HEADS = {"q.3": (1, 256), "v.3": (0, 256)}
+_HALF = (torch.bfloat16, torch.float16)
 for _op in (attention_fwd, attention_bwd):
     _triton = f"fasttx.kernels.attention:{_op.name}"
     _reference = Kernel("reference", f"fasttx.reference.attention:{_op.name}", Needs(dtypes=None))
@@ -73,7 +74,15 @@ for _op in (attention_fwd, attention_bwd):
             ),
             _reference,
         ],
-        cuda=[Kernel("triton", _triton, Needs(sizes=_HEADS, sm=80)), _reference],
+        cuda=[
+            Kernel("triton", _triton, Needs(sizes=_HEADS, sm=80)),
+            *(
+                [Kernel("cuda", f"native:{_op.name}_cuda", Needs(_HALF, sizes=_HEADS, sm=80))]
+                if _op is attention_fwd
+                else []
+            ),
+            _reference,
+        ],
     )
 
 
@@ -147,7 +156,7 @@ def attention(
         return_lse: also return the log-sum-exp of the logits, float32 [..., H, S], differentiable.
         seed: the key of the dropout bits, an int or an int64 tensor of one element; None draws it
             from torch's generator.
-        backend: None chooses; "cpu", "triton", "reference" or "torch" runs that or raises with
+        backend: None chooses; "cpu", "cuda", "triton", "reference" or "torch" runs that or raises with
             every kernel's reason.
 
     Returns:

@@ -25,44 +25,49 @@ inline int64_t tile_count(int64_t length, int sequences, int block) {
 
 FASTTX_DEVICE int clamped(int x, int low, int high) { return max(low, min(x, high)); }
 
+// A sequence (a batch element where nothing is packed) and a query head; of no tile.
+FASTTX_DEVICE Place place_of(const Attention& p, int sequence, int head) {
+  Place at = {sequence, sequence, head, head / p.group, 0, p.S, 0, p.T, -UNBOUNDED, UNBOUNDED, 0};
+  if (p.sequences) {
+    const auto* q = static_cast<const int32_t*>(p.a.cu_q.data);
+    const auto* k = static_cast<const int32_t*>(p.a.cu_k.data);
+    const bool last = sequence == p.sequences;
+    at.batch = 0;
+    at.row0 = clamped(q[sequence], 0, p.S);
+    at.key0 = clamped(k[sequence], 0, p.T);
+    at.S = (last ? p.S : clamped(q[sequence + 1], at.row0, p.S)) - at.row0;
+    at.T = (last ? p.T : clamped(k[sequence + 1], at.key0, p.T)) - at.key0;
+  }
+  const int offset = p.a.lower_right ? at.T - at.S : 0;
+  if (p.left != UNBOUNDED) at.low = offset - p.left;
+  if (p.right != UNBOUNDED) at.high = offset + p.right;
+  return at;
+}
+
 // BY_KEYS: the tile is of keys, `head` a key/value head; otherwise of rows, `head` a query head.
 // Without a row of its own side in the tile, false.
 template <bool BY_KEYS>
 FASTTX_DEVICE bool make_place(const Attention& p, int tile, int head, int batch, int block,
                               Place& at) {
-  at = {batch, batch, head, head / p.group, 0, p.S, 0, p.T, -UNBOUNDED, UNBOUNDED, tile * block};
-  if constexpr (BY_KEYS) {
-    at.head = head * p.group;
-    at.kv_head = head;
-  }
+  int sequence = batch, begin = 0;
   if (p.sequences) {
-    const auto* q = static_cast<const int32_t*>(p.a.cu_q.data);
-    const auto* k = static_cast<const int32_t*>(p.a.cu_k.data);
-    const auto* own = BY_KEYS ? k : q;
+    const auto* own = static_cast<const int32_t*>(BY_KEYS ? p.a.cu_k.data : p.a.cu_q.data);
     const int total = BY_KEYS ? p.T : p.S;
-    int s = 0, beyond = p.sequences + 1;  // own[s] / block + s <= tile < own[beyond] / block + beyond
-    while (beyond - s > 1) {
-      const int middle = (s + beyond) / 2;
+    int beyond = p.sequences + 1;  // own[s] / block + s <= tile < own[beyond] / block + beyond
+    sequence = 0;
+    while (beyond - sequence > 1) {
+      const int middle = (sequence + beyond) / 2;
       if (clamped(own[middle], 0, total) / block + middle <= tile)
-        s = middle;
+        sequence = middle;
       else
         beyond = middle;
     }
-    const bool last = s == p.sequences;
-    at.batch = 0;
-    at.sequence = s;
-    at.row0 = clamped(q[s], 0, p.S);
-    at.key0 = clamped(k[s], 0, p.T);
-    at.S = (last ? p.S : clamped(q[s + 1], at.row0, p.S)) - at.row0;
-    at.T = (last ? p.T : clamped(k[s + 1], at.key0, p.T)) - at.key0;
-    // Beyond the last sequence nothing sees anything.
-    if (last && BY_KEYS) at.S = 0;
-    if (last && !BY_KEYS) at.T = 0;
-    at.first = (tile - (BY_KEYS ? at.key0 : at.row0) / block - s) * block;
+    begin = clamped(own[sequence], 0, total) / block + sequence;
   }
-  const int offset = p.a.lower_right ? at.T - at.S : 0;
-  if (p.left != UNBOUNDED) at.low = offset - p.left;
-  if (p.right != UNBOUNDED) at.high = offset + p.right;
+  at = place_of(p, sequence, BY_KEYS ? head * p.group : head);
+  at.first = (tile - begin) * block;
+  // Beyond the last sequence nothing sees anything.
+  if (p.sequences && sequence == p.sequences) (BY_KEYS ? at.S : at.T) = 0;
   return at.first < (BY_KEYS ? at.T : at.S);
 }
 

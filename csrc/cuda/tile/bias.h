@@ -20,77 +20,83 @@ FASTTX_DEVICE float mask_value(const void* mask, int dtype, int64_t offset) {
   return to_log2(load1(mask, dtype, offset));
 }
 
-// One head's.
+// One head's. What the arguments say is read from them again: few registers live through a loop.
 struct Bias {
+  const Attention* p;
   float slope;  // of ALiBi, in units of log2(e)
-  const float* positions;
-  int64_t position_step;
-  int mask_kind, mask_dtype;
-  const void* mask;
-  int64_t mask_base, mask_row, mask_column;
-  int table_dtype;
-  const void* table;  // null: none
-  int64_t table_base, table_step;
-  const int32_t* lut;
-  int64_t lut_step;
-  int reach, origin;  // distance j - i - origin, clamped to +- reach
 };
 
 FASTTX_DEVICE Bias make_bias(const Attention& p, const Place& at) {
-  const fasttx_attention& a = p.a;
-  Bias b = {};
-  b.mask_kind = p.mask;
-  if (a.slopes.data) {
-    const int last = static_cast<int>(a.slopes.sizes[0]) - 1;  // the tail of a packed batch
-    b.slope = LOG2E * load(static_cast<const float*>(a.slopes.data) +
-                           min(at.sequence, last) * a.slopes.strides[0] +
-                           at.head * a.slopes.strides[1]);
-    b.positions = static_cast<const float*>(a.positions.data);
-    if (b.positions) b.positions += at.batch * a.positions.strides[0];
-    b.position_step = a.positions.strides[1];
-  }
-  if (p.mask != NO_MASK) {
-    b.mask = a.mask.data;
-    b.mask_dtype = a.mask.dtype;
-    b.mask_base = at.batch * a.mask.strides[0] + at.head * a.mask.strides[1];
-    b.mask_row = a.mask.strides[2];
-    b.mask_column = a.mask.strides[3];
-  }
-  if (a.table.data) {
-    b.table = a.table.data;
-    b.table_dtype = a.table.dtype;
-    b.table_base = at.head * a.table.strides[1];
-    b.table_step = a.table.strides[0];
-    b.lut = static_cast<const int32_t*>(a.lut.data);
-    b.lut_step = a.lut.strides[0];
-    b.reach = static_cast<int>(a.lut.sizes[0] / 2);
-    b.origin = at.T - at.S + static_cast<int>(a.bias_shift);
+  const fasttx_tensor& slopes = p.a.slopes;
+  Bias b = {&p, 0.0f};
+  if (slopes.data) {
+    const int last = static_cast<int>(slopes.sizes[0]) - 1;  // the tail of a packed batch
+    b.slope = LOG2E * load(static_cast<const float*>(slopes.data) +
+                           min(at.sequence, last) * slopes.strides[0] + at.head * slopes.strides[1]);
   }
   return b;
 }
 
-// Of query i and key j by their distance: the bucket, and its value.
-FASTTX_DEVICE int bucket_of(const Bias& b, int distance) {
-  return load(b.lut + (clamped(distance - b.origin, -b.reach, b.reach) + b.reach) * b.lut_step);
+// The bucket of a distance j - i, and its value.
+FASTTX_DEVICE int bucket_of(const Bias& b, const Place& at, int distance) {
+  const fasttx_tensor& lut = b.p->a.lut;
+  const int reach = static_cast<int>(lut.sizes[0] / 2);
+  const int origin = at.T - at.S + static_cast<int>(b.p->a.bias_shift);
+  return load(static_cast<const int32_t*>(lut.data) +
+              (clamped(distance - origin, -reach, reach) + reach) * lut.strides[0]);
 }
-FASTTX_DEVICE float table_value(const Bias& b, int distance) {
-  const int64_t offset = b.table_base + bucket_of(b, distance) * b.table_step;
-  return LOG2E * load1(b.table, b.table_dtype, offset);
+FASTTX_DEVICE float table_value(const Bias& b, const Place& at, int distance) {
+  const fasttx_tensor& table = b.p->a.table;
+  return LOG2E * load1(table.data, table.dtype,
+                       bucket_of(b, at, distance) * table.strides[0] + at.head * table.strides[1]);
 }
 
+FASTTX_DEVICE int64_t mask_head(const Bias& b, const Place& at) {
+  return at.batch * b.p->a.mask.strides[0] + at.head * b.p->a.mask.strides[1];
+}
+FASTTX_DEVICE float key_mask(const Bias& b, const Place& at, int j) {
+  const fasttx_tensor& mask = b.p->a.mask;
+  return mask_value(mask.data, mask.dtype, mask_head(b, at) + j * mask.strides[3]);
+}
 FASTTX_DEVICE float key_value(const Bias& b, const Place& at, int j) {
   if (j >= at.T) return -INFINITY;
   float x = b.slope;
-  if (x != 0.0f) x *= b.positions ? load(b.positions + j * b.position_step) : static_cast<float>(j);
-  if (b.mask_kind == MASK_KEYS) {
-    const float m = mask_value(b.mask, b.mask_dtype, b.mask_base + j * b.mask_column);
+  if (x != 0.0f) {
+    const fasttx_tensor& positions = b.p->a.positions;
+    x *= positions.data ? load(static_cast<const float*>(positions.data) +
+                               at.batch * positions.strides[0] + j * positions.strides[1])
+                        : static_cast<float>(j);
+  }
+  if (b.p->mask == MASK_KEYS) {
+    const float m = key_mask(b, at, j);
     x = m == -INFINITY ? m : x + m;
   }
   return x;
 }
 FASTTX_DEVICE float pair_value(const Bias& b, const Place& at, int i, int j) {
   if (i >= at.S || j >= at.T) return -INFINITY;
-  return mask_value(b.mask, b.mask_dtype, b.mask_base + i * b.mask_row + j * b.mask_column);
+  const fasttx_tensor& mask = b.p->a.mask;
+  return mask_value(mask.data, mask.dtype,
+                    mask_head(b, at) + i * mask.strides[2] + j * mask.strides[3]);
+}
+
+// A mask per key narrows the keys to those between the first and the last it shows. By a whole warp.
+FASTTX_DEVICE Range shown_keys(const Bias& b, const Place& at, Range keys) {
+  if (b.p->mask != MASK_KEYS) return keys;
+  const int lane = threadIdx.x % 32;
+  int begin = keys.end, end = keys.begin;
+#pragma unroll 4
+  for (int j = keys.begin + lane; j < keys.end; j += 32)
+    if (key_mask(b, at, j) != -INFINITY) {
+      begin = min(begin, j);
+      end = j + 1;
+    }
+#pragma unroll
+  for (int with = 16; with; with /= 2) {
+    begin = min(begin, __shfl_xor_sync(~0u, begin, with));
+    end = max(end, __shfl_xor_sync(~0u, end, with));
+  }
+  return {min(begin, end), end};
 }
 
 // In shared memory, for ROWS queries by KEYS keys.
@@ -106,25 +112,51 @@ FASTTX_DEVICE void stage_bias(BiasTile<ROWS, KEYS>& tile, const Bias& b, const P
                               int j0, int thread) {
 #pragma unroll
   for (int c = thread; c < KEYS; c += THREADS) tile.key[c] = key_value(b, at, j0 + c);
-  if (b.table) {
+  if (b.p->a.table.data) {
 #pragma unroll
     for (int x = thread; x < ROWS + KEYS - 1; x += THREADS)
-      tile.distance[x] = table_value(b, j0 - i0 + x - (ROWS - 1));
+      tile.distance[x] = table_value(b, at, j0 - i0 + x - (ROWS - 1));
   }
 }
 
-// The logit of the tile's row r and key c, from its scaled and capped score x. Selects, so that what
-// is hidden is -inf whatever x is.
-template <int ROWS, int KEYS>
-FASTTX_DEVICE float biased(const BiasTile<ROWS, KEYS>& tile, const Bias& b, const Place& at, int i0,
-                           int j0, float x, int r, int c) {
-  float more = tile.key[c];
-  if (b.table) more += tile.distance[c - r + ROWS - 1];
-  if (b.mask_kind == MASK_PAIRS) {
-    const float m = pair_value(b, at, i0 + r, j0 + c);
-    more = m == -INFINITY ? m : more + m;
+// A warp's scores s[m][n][e] as mma and wgmma leave them become logits: the pair of query i and key j
+// of the tile is row(m, h) + .. Selects, so that what is hidden is -inf whatever the score is.
+// Queries down: rows row + 16 m + 8 (e / 2), keys column + 8 n + e % 2.
+template <int ROWS, int KEYS, int M, int N>
+FASTTX_DEVICE void add_bias(float (&s)[M][N][4], const BiasTile<ROWS, KEYS>& tile, const Bias& b,
+                            const Place& at, int i0, int j0, int row, int column) {
+#pragma unroll
+  for (int n = 0; n < N; n++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      const float more = tile.key[column + 8 * n + e];
+#pragma unroll
+      for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int h = 0; h < 4; h += 2)
+          s[m][n][h + e] = more == -INFINITY ? more : s[m][n][h + e] + more;
+    }
+  if (b.p->a.table.data) {
+    const float* distance = tile.distance + (column - row + ROWS - 1);
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+      for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[m][n][e] += distance[8 * n + e % 2 - 16 * m - 8 * (e / 2)];
   }
-  return more == -INFINITY ? more : x + more;
+  if (b.p->mask == MASK_PAIRS) {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+      for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          const float more = pair_value(b, at, i0 + row + 16 * m + 8 * (e / 2),
+                                        j0 + column + 8 * n + e % 2);
+          s[m][n][e] = more == -INFINITY ? more : s[m][n][e] + more;
+        }
+  }
 }
 
 }  // namespace fasttx

@@ -16,6 +16,7 @@
 #define __grid_constant__
 #define __restrict__
 #define FASTTX_DEVICE inline
+#define FASTTX_RARE __attribute__((noinline))
 #define FASTTX_SHARED(name) unsigned char* const name = emulator::block.shared
 
 #define threadIdx (emulator::running->index)
@@ -39,6 +40,11 @@ inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline void __syncthreads() { emulator::barrier(0, 0, false); }
 
 namespace emulator {
+inline Meeting& meeting_of(unsigned mask, const char* what) {
+  if (!(mask >> running->lane() & 1))
+    fault(std::string(what) + " with a mask that leaves the calling lane out");
+  return mask == ~0u ? block.warps[running->warp()] : block.parts[{running->warp(), mask}];
+}
 template <class T, class Source>
 T shuffle(unsigned mask, T value, const char* what, Source source) {
   T result;
@@ -49,11 +55,7 @@ T shuffle(unsigned mask, T value, const char* what, Source source) {
         out(i) = from >= 0 && from < WARP && (mask >> from & 1) ? in(from) : in(i);
       }
   };
-  if (!(mask >> running->lane() & 1))
-    fault(std::string(what) + " with a mask that leaves the calling lane out");
-  Meeting& place =
-      mask == ~0u ? block.warps[running->warp()] : block.parts[{running->warp(), mask}];
-  meet(place, running->lane(), __builtin_popcount(mask), what, value, result, work);
+  meet(meeting_of(mask, what), running->lane(), __builtin_popcount(mask), what, value, result, work);
   return result;
 }
 }  // namespace emulator
@@ -65,9 +67,21 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int with) {
   return emulator::shuffle(mask, value, "__shfl_xor_sync", [=](int i) { return i ^ with; });
 }
+// Each lane names its own source.
 template <class T>
 T __shfl_sync(unsigned mask, T value, int from) {
-  return emulator::shuffle(mask, value, "__shfl_sync", [=](int) { return from & 31; });
+  struct In {
+    T value;
+    int from;
+  } in = {value, from & 31};
+  T result;
+  auto work = [&](auto in, auto out) {
+    for (int i = 0; i < 32; i++)
+      if (mask >> i & 1) out(i) = in(mask >> in(i).from & 1 ? in(i).from : i).value;
+  };
+  emulator::meet(emulator::meeting_of(mask, "__shfl_sync"), emulator::running->lane(),
+                 __builtin_popcount(mask), "__shfl_sync", in, result, work);
+  return result;
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, int by) {
@@ -137,7 +151,7 @@ inline int compute_capability() { return emulator::compute_capability; }
 }  // namespace fasttx
 
 using cudaError_t = int;
-constexpr cudaError_t cudaSuccess = 0;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
 inline const char* cudaGetErrorString(cudaError_t status) { return emulator::error_text(status); }
 inline cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
