@@ -34,9 +34,11 @@ class Decoder(nn.Module):
         position_ids: Tensor | None = None,
         memory: Tensor | None = None,
         memory_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """input_ids [B,S] to [B,S,d_model]. attention_mask [B,S], 1 or True for real tokens;
-        memory [B,T,d_model] and memory_mask [B,T] of a seq2seq model."""
+        memory [B,T,d_model] and memory_mask [B,T] of a seq2seq model. cu_seqlens: bounds of packed
+        sequences in one row, as fasttx.attention takes them, with their position_ids."""
         limit = self.config.limit() if position_ids is None else None
         parts.check_ids("input_ids", input_ids, limit)
         parts.check_mask("attention_mask", attention_mask, input_ids)
@@ -44,6 +46,12 @@ class Decoder(nn.Module):
         given = {}
         if memory is not None:
             given = {"memory": memory, "memory_mask": parts.key_mask(memory_mask)}
+        if cu_seqlens is not None:
+            if attention_mask is not None or position_ids is None or memory is not None:
+                raise ValueError(
+                    "cu_seqlens needs position_ids, and attention_mask and memory to be None"
+                )
+            given["cu_seqlens"] = cu_seqlens
         bias = parts.bias_of(self.position_bias, attention_mask)
         x = self.stack(x, padding_mask=attention_mask, position_bias=bias, **given)
         return self.dropout(x)
