@@ -1,9 +1,8 @@
-// What the kernels of add_norm share: the arguments on the device, and rows of tensors.
+// What the kernels of add_norm share: the arguments on the device, and the sum that is normalized.
 #pragma once
-#include "cpu/add_norm.h"
-#include "cuda/eight.h"
 #include "cuda/philox.h"
 #include "cuda/reduce.h"
+#include "cuda/rows.h"
 
 namespace fasttx {
 
@@ -15,20 +14,6 @@ struct AddNorm {
   int64_t part_rows;
   int parts;
 };
-
-FASTTX_DEVICE int64_t row_offset(const fasttx_rows& r, int64_t m) {
-  if (!r.size1) return m * r.stride[2];
-  const int64_t outer = m / r.size2;
-  return outer / r.size1 * r.stride[0] + outer % r.size1 * r.stride[1] + m % r.size2 * r.stride[2];
-}
-
-// Whether eight columns lie in aligned 16 (fp32: 32) bytes in every row.
-inline bool by_eight(const fasttx_rows& r) {
-  if (!r.data) return true;
-  bool even = r.column == 1 && reinterpret_cast<uintptr_t>(r.data) % 16 == 0;
-  for (int64_t s : r.stride) even &= s % 8 == 0;
-  return even;
-}
 
 // z of eight columns: residual + dropout(x + x_bias).
 FASTTX_DEVICE void add_eight(const AddNorm& p, float (&z)[8], const Bits8& residual, uint32_t kept,

@@ -200,27 +200,6 @@ __global__ void __launch_bounds__(256) add_norm_bwd_columns(const __grid_constan
   }
 }
 
-// What the parts have summed, added in order: 32 columns of one kind, 8 parts at once.
-__global__ void __launch_bounds__(256) add_norm_bwd_finish(const __grid_constant__ AddNorm p) {
-  FASTTX_SHARED(shared);
-  float* scratch = reinterpret_cast<float*>(shared);
-  const fasttx_add_norm& a = p.a;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, kind = blockIdx.y;
-  if (!(a.need >> (2 + kind) & 1)) return;
-  const int64_t n = int64_t{blockIdx.x} * 32 + lane;
-  float sum = 0.0f;
-  if (n < a.N)
-    for (int part = warp; part < p.parts; part += 8)
-      sum += p.partials[(int64_t{part} * 3 + kind) * a.N + n];
-  scratch[warp * 32 + lane] = sum;
-  __syncthreads();
-  if (warp || n >= a.N) return;
-  sum = 0.0f;
-  for (int w = 0; w < 8; w++) sum += scratch[w * 32 + lane];
-  const fasttx_rows& to = kind == 0 ? a.dweight : kind == 1 ? a.dbias : a.dx_bias;
-  store1(to.data, to.dtype, n * to.column, sum);
-}
-
 struct Plan {
   bool even;  // rows in registers
   int64_t part_rows, parts;
@@ -283,6 +262,12 @@ FASTTX_API int fasttx_cuda_add_norm_bwd(const fasttx_add_norm& a, float* workspa
       status = launch(add_norm_bwd_columns, dim3(blocks, p.parts), 256, 3 * 8 * 32 * 4, stream, p);
   }
   if (!status && a.need & 28)
-    status = launch(add_norm_bwd_finish, dim3(blocks, 3), 256, 8 * 32 * 4, stream, p);
+    status = add_parts({p.partials,
+                        a.N,
+                        p.parts,
+                        {a.need & 4 ? a.dweight : fasttx_rows{},
+                         a.need & 8 ? a.dbias : fasttx_rows{},
+                         a.need & 16 ? a.dx_bias : fasttx_rows{}}},
+                       stream);
   return status;
 }

@@ -131,8 +131,9 @@ inline bool columns_by_eight(const fasttx_tensor& t) {
 }
 inline bool rows_by_eight(const fasttx_tensor& t) {
   if (!t.data) return true;
-  return t.strides[2] == 1 && reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.sizes[2] % 8 == 0 &&
-         t.strides[0] % 8 == 0 && t.strides[1] % 8 == 0 && t.strides[3] % 8 == 0;
+  bool even = t.strides[2] == 1 && t.sizes[2] % 8 == 0;
+  for (int d : {0, 1, 3}) even &= t.strides[d] % 8 == 0;
+  return even && reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
 }
 
 constexpr int SOFTMAX_WARPS = 4;        // of a block whose warps have a row each

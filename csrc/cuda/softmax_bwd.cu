@@ -1,5 +1,5 @@
-// dx of softmax and log_softmax from the result alone, rows as the forward has them; what the mask's
-// gradient needs of them is kept, or is that gradient where no row shares a row of the mask.
+// dx of softmax and log_softmax from the result alone, rows as the forward has them; what the
+// mask's gradient needs of them is kept, or is that gradient where no row shares a row of the mask.
 #include "cuda/softmax.h"
 #include "cuda/softmax_mask.h"
 
@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(WARP ? 32 * SOFTMAX_WARPS : 512)
   }
 }
 
-// One row of any width, strides and dtype of the result. Staged, result and upstream gradient lie in
-// shared memory, as numbers: i of all groups of eight side by side.
+// One row of any width, strides and dtype of the result. Staged, result and upstream gradient lie
+// in shared memory: numbers i of all vectors of eight side by side.
 __global__ void __launch_bounds__(512, 2) softmax_bwd_any(const __grid_constant__ Softmax p) {
   FASTTX_SHARED(shared);
   float* scratch = reinterpret_cast<float*>(shared);

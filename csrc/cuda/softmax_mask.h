@@ -1,5 +1,5 @@
-// The gradient of softmax's mask: sums over the rows that share a row of it, in parts that are added
-// in order.
+// The gradient of softmax's mask: sums over the rows that share a row of it, in parts that are
+// added in order.
 #pragma once
 #include "cuda/softmax.h"
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import differentiable
-from ..op import Kernel, Needs, Op
+from ..op import HALF, Kernel, Needs, Op
 from ._checks import (
     FLOATS,
     check_backend,
@@ -95,7 +95,11 @@ for _op in (embed_fwd, embed_bwd):
             ),
             _reference,
         ],
-        cuda=[Kernel("triton", _triton, Needs(dtype_of="token_weight", sm=80)), _reference],
+        cuda=[
+            Kernel("triton", _triton, Needs(dtype_of="token_weight", sm=80)),
+            Kernel("cuda", f"native:{_op.name}_cuda", Needs(HALF, dtype_of="token_weight", sm=80)),
+            _reference,
+        ],
     )
 
 

@@ -26,6 +26,23 @@ def rope():
     fasttx.rope(q, Q, ANGLES, ANGLES, backend="cuda")[0].sum().backward()
 
 
+def embed(**options):
+    weights = [torch.randn(n, 16).bfloat16().requires_grad_() for n in (9, 40, 2)]
+    norm = {f"norm_{n}": torch.randn(16, requires_grad=True) for n in ("weight", "bias")}
+    ids = torch.arange(40)[None] % 9
+    args = (ids, *weights[:2], ids % 2, weights[2])
+    fasttx.embed(*args, **norm, **options, backend="cuda").square().sum().backward()
+
+
+def embed_odd():
+    # Rows of any width; the positions' ids are sorted too.
+    ids, norm = torch.arange(40)[None] % 9, torch.ones(15, requires_grad=True)
+    tables = [torch.randn(n, 15).bfloat16().requires_grad_() for n in (9, 50)]
+    options = {"positions": "padding", "padding_idx": 1, "norm_weight": norm, "backend": "cuda"}
+    out = fasttx.embed(ids, *tables, **options)
+    out.square().sum().backward()
+
+
 def softmax():
     x, mask = ROWS.clone().requires_grad_(), MASK.clone().requires_grad_()
     fasttx.softmax(x, mask=mask, backend="cuda").square().sum().backward()
@@ -57,6 +74,8 @@ def in_place():
     [
         (add_norm, ["add_norm_fwd", *["add_norm_bwd"] * 3]),
         (rope, ["rope_fwd", "rope_bwd"]),
+        (embed, ["embed_fwd", *["embed_bwd"] * 11]),
+        (embed_odd, ["embed_fwd", *["embed_bwd"] * 11]),
         (softmax, ["softmax_fwd", *["softmax_bwd"] * 3]),
         (log_softmax, ["softmax_fwd", *["softmax_bwd"] * 3]),
         (softmax_down_a_column, ["softmax_fwd", "softmax_bwd"]),

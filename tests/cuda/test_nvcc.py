@@ -45,6 +45,8 @@ def test_memory_bound_kernels_leave_room_for_many_threads():
         ("rope.cu", "80", ["ld.global.L1::no_allocate.v4.u32", "cvt.rn.bf16x2.f32"]),
         ("softmax_fwd.cu", "80", ["ld.global.L1::no_allocate.v4.u32", "st.global.v4.u32"]),
         ("softmax_bwd.cu", "90a", ["ld.global.L1::no_allocate.v4.u32", "st.global.v4.u32"]),
+        ("embed_fwd.cu", "80", ["ld.global.v4.u32", "st.global.v4.u32"]),
+        ("embed_tables.cu", "80", ["ld.global.v4.u32", "st.global.v4.u32"]),
         ("cross_entropy.cu", "80", ["ld.global.v4.u32", "ex2.approx.ftz.f32"]),
     ],
 )

@@ -7,7 +7,7 @@ from tests.emulator.test_sanitizer import sanitized
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("op", ["add_norm", "rope", "cross_entropy", "softmax"])
+@pytest.mark.parametrize("op", ["add_norm", "rope", "cross_entropy", "softmax", "embed"])
 def test_the_kernels_are_clean(op):
     done = sanitized(
         "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", "not slow",
