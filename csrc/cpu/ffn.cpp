@@ -3,6 +3,7 @@
 // tokens the sums themselves lie in lanes.
 #include "cpu/ffn.h"
 
+#include "cpu/neighbours.h"
 #include "cpu/parallel.h"
 #include "cpu/strip.h"
 
@@ -175,7 +176,7 @@ int few_forward(const Forward& p) {
   const Broadcast x = pack_few(matrix(a.x), M, p.K, memory);
   const Broadcast h = {memory + x_floats, h_row};
   __builtin_memset(memory + x_floats, 0, M * h_row * 4);
-  parallel_items((p.F + LANES - 1) / LANES, num_workers(), [&](int64_t, int64_t item) {
+  parallel_neighbours((p.F + LANES - 1) / LANES, num_workers(), [&](int64_t, int64_t item) {
     const int64_t n = item * LANES, count = min64(LANES, p.F - n);
     alignas(64) float s[FEW * LANES] = {}, gate[FEW * LANES] = {};
     few_rows(s, x, M, matrix(a.w1), n, count, p.K);
@@ -183,7 +184,7 @@ int few_forward(const Forward& p) {
     hidden_columns<T, H>(p, s, a.w_gate.data ? gate : nullptr, 0, M, n, count, (H*)h.data,
                          h_row * 4 / sizeof(H));
   });
-  parallel_items((p.N + LANES - 1) / LANES, num_workers(), [&](int64_t, int64_t item) {
+  parallel_neighbours((p.N + LANES - 1) / LANES, num_workers(), [&](int64_t, int64_t item) {
     const int64_t n = item * LANES, count = min64(LANES, p.N - n);
     alignas(64) float s[FEW * LANES] = {};
     few_rows(s, h, M, matrix(a.w2), n, count, p.F);

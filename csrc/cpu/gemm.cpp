@@ -349,6 +349,31 @@ FASTTX_INLINE void dots(vf* parts, bool first, const float* x, int64_t x_row, co
   for (int i = 0; i < W; i++) parts[i] = c[i];
 }
 
+// One token: the rows one after the other, as they lie in memory.
+template <class T>
+FASTTX_NOINLINE void one_token(float* s, const float* x, const T* w, int64_t row, int64_t count,
+                               int64_t K) {
+  typedef Dot<T> D;
+  constexpr int UNROLL = 4;
+  for (int64_t n = 0; n < count; n += W) {
+    vf sums[W] = {};
+    for (int64_t r = 0; r < min64(W, count - n); r++) {
+      const T* from = w + (n + r) * row;
+      vf c[UNROLL] = {};
+      int64_t k = 0, p = 0;
+      for (; k + UNROLL * D::PER <= K; k += UNROLL * D::PER, p += UNROLL * W)
+        FASTTX_UNROLL(4)
+        for (int u = 0; u < UNROLL; u++)
+          c[u] = D::mac(c[u], D::tokens(x + p + u * W), D::weights(from + k + u * D::PER));
+      for (; k + D::PER <= K; k += D::PER, p += W)
+        c[0] = D::mac(c[0], D::tokens(x + p), D::weights(from + k));
+      if (k < K) c[1] = D::mac(c[1], D::tokens(x + p), D::tail(from + k, (int)(K - k)));
+      sums[r] = (c[0] + c[1]) + (c[2] + c[3]);
+    }
+    store(s + n, sum_lanes<W>(sums));
+  }
+}
+
 template <class T, int TOKENS>
 FASTTX_NOINLINE void few_tokens(float* s, const Broadcast& x, const T* w, int64_t row, int64_t count,
                                 int64_t K) {
@@ -399,7 +424,7 @@ Broadcast pack_few(const Operand& x, int64_t M, int64_t K, float* memory) {
 
 void few_rows(float* s, const Broadcast& x, int64_t M, const Operand& w, int64_t n, int64_t count,
               int64_t K) {
-  if (count < FEWEST) {
+  if (count < FEWEST && M > 1) {
     // Together with the rows before them.
     float more[FEW * LANES];
     const int64_t extra = FEWEST - count;
@@ -424,7 +449,7 @@ void few_rows(float* s, const Broadcast& x, int64_t M, const Operand& w, int64_t
         few_tokens<T, 2>(to, from, rows, w.row, count, K);
         m += 2;
       } else {
-        few_tokens<T, 1>(to, from, rows, w.row, count, K);
+        one_token<T>(to, from.data, rows, w.row, count, K);
         m += 1;
       }
     }

@@ -2,6 +2,7 @@
 // in their natural layout need no packing; for a few tokens the sums themselves lie in lanes.
 #include "cpu/linear.h"
 
+#include "cpu/neighbours.h"
 #include "cpu/parallel.h"
 #include "cpu/strip.h"
 
@@ -33,7 +34,7 @@ int few_forward(const fasttx_linear& a, int64_t M, int64_t N, int64_t K) {
   float* memory = (float*)scratch(SCRATCH_SHARED, few_floats(a.x.dtype, M, K) * 4 + 64);
   if (!memory) return FASTTX_NO_MEMORY;
   const Broadcast x = pack_few(matrix(a.x), M, K, memory);
-  parallel_items((N + LANES - 1) / LANES, num_workers(), [&](int64_t, int64_t item) {
+  parallel_neighbours((N + LANES - 1) / LANES, num_workers(), [&](int64_t, int64_t item) {
     const int64_t n = item * LANES, count = min64(LANES, N - n);
     alignas(64) float s[FEW * LANES] = {};
     few_rows(s, x, M, matrix(a.weight), n, count, K);

@@ -1,4 +1,4 @@
-"""A model one step after the other: the prompt without its padding, the logits after it, those after
+"""A model one step after the other: the prompt without its padding, the logits after it and after
 each new token, from a CUDA graph on a GPU."""
 
 import os

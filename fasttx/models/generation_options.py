@@ -1,4 +1,4 @@
-"""What a call of generate asks for: its arguments, the model's own defaults behind them, checked."""
+"""What a call of generate asks for: its arguments, behind them the model's defaults, checked."""
 
 import math
 from dataclasses import dataclass, fields
