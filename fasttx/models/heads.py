@@ -104,7 +104,7 @@ class BaseModel(nn.Module):
         topology = self.config.topology
         takes = {
             "encoder": ("token_type_ids", "position_ids"),
-            "decoder": ("position_ids",),
+            "decoder": ("position_ids", "cu_seqlens"),
             "seq2seq": ("decoder_input_ids", "decoder_attention_mask", "memory"),
         }[topology]
         for name, value in given.items():
@@ -113,7 +113,7 @@ class BaseModel(nn.Module):
         if given["token_type_ids"] is not None and not self.config.segments:
             raise ValueError(f"token_type_ids must be None for {self.config.family}: no segments")
         parts.check_ids("input_ids", input_ids)
-        given = {n: given[n] for n in takes}
+        given = {n: given.get(n) for n in takes}
         if topology != "seq2seq":
             return Output(hidden=self.transformer(input_ids, attention_mask, **given))
         if given["decoder_input_ids"] is None:
@@ -248,10 +248,20 @@ class CausalLM(_LanguageModel):
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         logits: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
     ) -> Output:
         """As BaseModel; labels [B,S] are input_ids (shifted here), -100 where there is no loss.
-        logits: None makes them unless it trains with labels."""
-        given = {"token_type_ids": None, "position_ids": position_ids}
+        logits: None makes them unless it trains with labels. cu_seq_lens_q: bounds of packed
+        sequences in one row, with their position_ids, as transformers' flash attention takes them
+        (the rest of these arguments says the same)."""
+        given = {
+            "token_type_ids": None,
+            "position_ids": position_ids,
+            "cu_seqlens": cu_seq_lens_q,
+        }
         out = self._run(input_ids, attention_mask, given)
         return self._losses(out, labels, logits, 1)
 
@@ -355,8 +365,11 @@ class _Classification(BaseModel):
         out = self._run(input_ids, attention_mask, given)
         out.logits = self.head(self._read(out.hidden, input_ids, attention_mask))
         if labels is not None:
-            out.loss = self._loss(out.logits, labels)
+            out.loss = self._loss(out.logits, labels, self._seen(given, attention_mask))
         return out
+
+    def _seen(self, given: dict, mask: Tensor | None) -> Tensor | None:
+        return given["decoder_attention_mask"] if self.config.topology == "seq2seq" else mask
 
 
 class SequenceClassification(_Classification):
@@ -396,7 +409,7 @@ class SequenceClassification(_Classification):
         last = (places * seen).argmax(1)
         return hidden[torch.arange(len(ids), device=ids.device), last]
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
         count, problem = self.config.num_labels, self.config.problem_type
         if problem is None and count == 1:
             problem = "regression"
@@ -422,13 +435,14 @@ class TokenClassification(_Classification):
     def _read(self, hidden: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
         return hidden
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
         return cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 class QuestionAnswering(_Classification):
     """Logits [B, S, 2]: that an answer starts, and ends, at a token. labels [B,2]: its first and
-    last token; a place outside of the sequence costs nothing."""
+    last token; a place outside of the sequence, or at padding, costs nothing. Padding takes no part
+    in the loss, so that a batch costs what its sequences cost alone."""
 
     kind = "question_answering"
 
@@ -438,13 +452,17 @@ class QuestionAnswering(_Classification):
     def _read(self, hidden: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
         return hidden
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
         if labels.shape != (len(logits), 2):
             raise ValueError(
                 f"labels must be [B, 2] = ({len(logits)}, 2), got {tuple(labels.shape)}"
             )
         count = logits.shape[1]
         places = labels.clamp(0, count)
+        if mask is not None:
+            logits = logits.masked_fill(~mask.bool()[..., None], -torch.inf)
+            real = F.pad(mask.bool(), (0, 1)).gather(1, places)
+            places = places.masked_fill(~real, count)
         start, end = (
             cross_entropy(logits[..., i], places[:, i], ignore_index=count) for i in (0, 1)
         )

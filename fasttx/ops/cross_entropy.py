@@ -194,7 +194,7 @@ def check_target(target, shape: torch.Size, device: torch.device, V: int, ignore
         )
     if target.device != device:
         raise ValueError(f"target must be on the logits' device {device}, got {target.device}")
-    target = target.reshape(-1).long()
+    target = target.reshape(-1).long().contiguous()
     if has_values(target) or (target.is_cuda and os.environ.get("FASTTX_CHECK", "0") == "1"):
         _check_range(target, V, ignore_index)
     return target

@@ -341,6 +341,14 @@ def test_deterministic_on_any_number_of_threads():
         assert torch.equal(grad, found[0][1])
 
 
+@pytest.mark.parametrize("op", [fasttx.cross_entropy, fasttx.linear_cross_entropy])
+def test_targets_with_gaps_in_memory(op):
+    x, both = torch.randn(9, 13), torch.randint(0, 13, (9, 2))
+    arguments = (x,) if op is fasttx.cross_entropy else (x, torch.randn(13, 13))
+    gaps, dense = (op(*arguments, t) for t in (both[:, 1], both[:, 1].contiguous()))
+    assert torch.equal(gaps, dense)
+
+
 def test_many_short_rows():
     """More rows than one item of work, on the native kernel."""
     if reason := unusable("cross_entropy_fwd", "cpu"):
