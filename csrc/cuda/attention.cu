@@ -166,5 +166,6 @@ FASTTX_API int fasttx_cuda_attention_fwd(const fasttx_attention& given, float* w
   for (fasttx_tensor* t : {&p.a.q, &p.a.k, &p.a.v})
     if (status == cudaSuccess) status = make_copy(*t, workspace, stream);
   if (status != cudaSuccess) return status;
-  return attention_fwd_sm80(p, stream);
+  const bool hopper = compute_capability() == 90 && !attention_fwd_sm90_refuses(p);
+  return hopper ? attention_fwd_sm90(p, stream) : attention_fwd_sm80(p, stream);
 }

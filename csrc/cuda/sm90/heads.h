@@ -71,8 +71,8 @@ FASTTX_DEVICE uint32_t at_heads(int row, int column) {
   return column / SLAB * (ROWS * 128) + row * 128 + ((column % SLAB / 8 ^ (row & 7)) << 4);
 }
 
-// A ring of STAGES, a power of two, by one count: a consumer of number n waits for full[stage(n)] at
-// phase(n), a producer for empty[stage(n)] at phase(n) ^ 1.
+// A ring of STAGES, a power of two, by one count: a consumer of number n waits for full[stage(n)]
+// at phase(n), a producer for empty[stage(n)] at phase(n) ^ 1.
 template <int STAGES>
 struct Ring {
   static_assert((STAGES & (STAGES - 1)) == 0);

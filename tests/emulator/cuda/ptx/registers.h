@@ -13,5 +13,6 @@ template <int COUNT>
 void registers_take() {
   registers_give<COUNT>();
 }
+inline uint32_t opaque(uint32_t x) { return x; }
 
 }  // namespace fasttx
