@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALF = FLOATS[1:]
@@ -24,6 +25,8 @@ class Needs:
 
     dtypes: allowed dtypes of the argument named by `dtype_of`. sizes: {"q.3": (low, high)} bounds
     on dimensions.
+    matrices: arguments that copies of 16 bytes bring in, to "rows" (their last dimension is
+    contiguous), "either" (one dimension is) or the name of an argument (the same one as its).
     absent: arguments that must be None, False or 0. sm: least compute capability. env: a variable
     that must be set to a value. by_name: never chosen unless asked for.
     """
@@ -31,6 +34,7 @@ class Needs:
     dtypes: tuple[torch.dtype, ...] | None = FLOATS
     dtype_of: str = "q"
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    matrices: Mapping[str, str] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
     sm: int = 0
     env: tuple[str, str] | None = None
@@ -43,6 +47,12 @@ class Needs:
             name, dim = _dimension(key)
             if not low <= (size := args[at[name]].shape[dim]) <= high:
                 return f"needs {low} <= {name}.shape[{dim}] <= {high}, got {size}"
+        for name, along in self.matrices.items():
+            if (t := args[at[name]]) is None:
+                continue
+            like = args[at[along]] if along in at else None
+            if reason := _no_matrix(t, along, like):
+                return f"needs {name} {reason}"
         for name in self.absent:
             value = args[at[name]]
             if value is not None and (isinstance(value, torch.Tensor) or value):
@@ -91,11 +101,12 @@ class Kernel:
         """The target as native.direct() has it; None where it is not native, or changes its
         arguments: the dispatcher counts their versions."""
         module, _, name = self.target.partition(":")
-        if module != "native" or op.mutates or self.needs.env or self.needs.sm:
+        needs = self.needs
+        if module != "native" or op.mutates or needs.env or needs.sm or needs.matrices:
             return None
         from . import native
 
-        needs, at = self.needs, op.at
+        at = op.at
         bounds = ((_dimension(key), bound) for key, bound in needs.sizes.items())
         return native.direct(
             name,
@@ -105,6 +116,32 @@ class Kernel:
             sizes=[(at[of], dim, low, high) for (of, dim), (low, high) in bounds],
             absent=[at[each] for each in needs.absent],
         )
+
+
+def _contiguous_dimension(t: torch.Tensor) -> int | None:
+    """The dimension along which 16-byte copies can read a matrix of 16-bit numbers, if any."""
+    for dim in (1, 0):
+        step, others = t.stride(1 - dim), t.shape[1 - dim]
+        if (t.stride(dim) == 1 or t.shape[dim] <= 1) and (
+            others <= 1 or (step > 0 and step % 8 == 0)
+        ):
+            return dim
+    return None
+
+
+def _no_matrix(t: torch.Tensor, along: str, like: torch.Tensor | None) -> str | None:
+    """What `Needs.matrices` has against t."""
+    fake = isinstance(t, FakeTensor)
+    address = t.storage_offset() * t.element_size() if fake else t.data_ptr()
+    if address % 16:
+        return "aligned to 16 bytes"
+    dim, strides = _contiguous_dimension(t), f"got strides {tuple(t.stride())}"
+    if dim is None or (along == "rows" and dim != 1):
+        lines = "rows" if along == "rows" else "rows or columns"
+        return f"of contiguous {lines} that begin a multiple of 16 bytes apart, {strides}"
+    if like is not None and dim != _contiguous_dimension(like):
+        return f"to lie in memory as {along}, of strides {tuple(like.stride())}, {strides}"
+    return None
 
 
 @functools.cache

@@ -79,7 +79,12 @@ def ffn_bwd(
 
 ffn_fwd.backward = ffn_bwd
 for _op in (ffn_fwd, ffn_bwd):
-    set_kernels(_op, "ffn")
+    set_kernels(
+        _op,
+        "ffn",
+        ("x.1", "w1.0", "w2.0"),
+        {"x": "rows", "w1": "either", "w2": "either", "w_gate": "w1"},
+    )
 
 
 def _forward(tensors, rest, scalars, backend):

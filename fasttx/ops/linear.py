@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import differentiable
-from ..op import Kernel, Needs, Op
+from ..op import HALF, Kernel, Needs, Op
 from ._checks import check_backend, check_float, short
 
 __all__ = ["linear", "linear_bwd", "linear_fwd"]
@@ -52,8 +52,12 @@ def linear_bwd(
 linear_fwd.backward = linear_bwd
 
 
-def set_kernels(op: Op, room: str) -> None:
-    """The tables of an op whose kernels are called after it in every room."""
+INDEX = 2**31 - 1  # coordinates of copies and tiles are 32-bit
+
+
+def set_kernels(op: Op, room: str, sizes: tuple[str, ...], matrices: dict[str, str]) -> None:
+    """The tables of an op whose kernels are called after it in every room. sizes, matrices: what
+    CUDA C++ needs, dimensions that are not empty and how operands lie."""
     triton = f"fasttx.kernels.{room}:{op.name}"
     reference = Kernel(
         "reference", f"fasttx.reference.{room}:{op.name}", Needs(dtypes=None, dtype_of="x")
@@ -65,12 +69,26 @@ def set_kernels(op: Op, room: str) -> None:
             Kernel("triton", triton, interpreted),
             reference,
         ],
-        cuda=[Kernel("triton", triton, Needs(dtype_of="x", sm=80)), reference],
+        cuda=[
+            Kernel("triton", triton, Needs(dtype_of="x", sm=80)),
+            Kernel(
+                "cuda",
+                f"native:{op.name}_cuda",
+                Needs(
+                    HALF,
+                    dtype_of="x",
+                    sizes={"x.0": (0, INDEX), **dict.fromkeys(sizes, (1, INDEX))},
+                    matrices=matrices,
+                    sm=80,
+                ),
+            ),
+            reference,
+        ],
     )
 
 
 for _op in (linear_fwd, linear_bwd):
-    set_kernels(_op, "linear")
+    set_kernels(_op, "linear", ("x.1", "weight.0"), {"x": "rows", "weight": "either"})
 
 
 def rows(t: Tensor | None) -> Tensor | None:

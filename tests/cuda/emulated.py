@@ -2,6 +2,7 @@
 for the emulator."""
 
 import contextlib
+import ctypes
 import functools
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,23 +10,33 @@ from pathlib import Path
 
 import torch
 
-from fasttx.op import OPS
+from fasttx.op import OPS, Kernel
 from tests.emulator import instructions
 from tests.emulator.build import ROOT, build
 
 
-@functools.cache
-def library():
+def compiled(name: str, sources: list[Path], flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """These kernels and bindings as ops of the namespace fasttx_`name`."""
     torch_folder = Path(torch.__file__).parent
-    flags = ["-isystem", str(torch_folder / "include")]
+    flags = [*flags, "-isystem", str(torch_folder / "include")]
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-Wno-unused-function"]
-    flags += ["-DFASTTX_CUDA_LIBRARY=fasttx_emulated", "-DFASTTX_CUDA_KEY=CPU"]
-    sources = sorted((ROOT / "csrc/cuda").glob("**/*.cu"))
-    sources += sorted((ROOT / "csrc/ops/cuda").glob("*.cpp"))
+    flags += [f"-DFASTTX_CUDA_LIBRARY=fasttx_{name}", "-DFASTTX_CUDA_KEY=CPU"]
     libraries = [f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_folder}/lib"]
-    path = str(build("kernels", sources, flags, libraries))
+    path = str(build(name, sources, flags, libraries))
     torch.ops.load_library(path)
     return instructions.load(path)
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    sources = sorted((ROOT / "csrc/cuda").glob("**/*.cu"))
+    return compiled("emulated", [*sources, *sorted((ROOT / "csrc/ops/cuda").glob("*.cpp"))])
+
+
+def function_of(row: Kernel, name: str = "emulated"):
+    """What a row of backend "cuda" calls, in the library `name`."""
+    ops = getattr(torch.ops, f"fasttx_{name}")
+    return getattr(ops, row.target.removeprefix("native:")).default
 
 
 @contextlib.contextmanager
@@ -38,9 +49,7 @@ def emulated() -> Iterator[None]:
             replace(
                 row,
                 needs=replace(row.needs, sm=0, by_name=True),
-                function=getattr(
-                    torch.ops.fasttx_emulated, row.target.removeprefix("native:")
-                ).default,
+                function=function_of(row),
             )
             for row in op.tables.get("cuda", ())
             if row.backend == "cuda"

@@ -143,9 +143,10 @@ FASTTX_DEVICE void finish_backward(const Gemm& g, Key key, int m, int n, int liv
   if (e.h.data) store_panel<T>(e.h, m, n, live, value);
 }
 
-FASTTX_DEVICE void store_part(const Gemm& g, int part, int m, int n, int live,
-                              const float (&v)[8]) {
+FASTTX_DEVICE void store_part(const Gemm& g, int part, int m, int n, int live, float (&v)[8]) {
   const int64_t at = (int64_t{part} * g.M + m) * g.N + n;
+#pragma unroll
+  for (int i = 0; i < 8; i++) v[i] *= g.e.scale;
   if (live == 8 && g.N % 4 == 0) {
     store8(g.e.partials, FASTTX_F32, at, v);
     return;

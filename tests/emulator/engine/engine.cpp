@@ -20,6 +20,7 @@ Block block;
 Thread* running = nullptr;
 Traffic traffic;
 int compute_capability = 90;
+int planted = 0;
 
 namespace {
 
@@ -357,6 +358,7 @@ EXPORT void emulator_configure(int eager, uint32_t seed) {
   emulator::seed = seed;
 }
 EXPORT void emulator_compute_capability(int sm) { emulator::compute_capability = sm; }
+EXPORT void emulator_plant(int bug) { emulator::planted = bug; }
 // The n-th launch from now fails.
 EXPORT void emulator_refuse(int n) { emulator::launches_until_refusal = n; }
 EXPORT const char* emulator_error() { return emulator::message.c_str(); }

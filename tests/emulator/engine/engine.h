@@ -91,6 +91,7 @@ extern Block block;
 extern Thread* running;
 extern Traffic traffic;
 extern int compute_capability;  // which kernels an op takes
+extern int planted;             // the bug that a test has put into a kernel, 0: none
 
 bool eager();       // asynchronous work is done at once, else as late as waits allow
 unsigned random();  // 0 without a seed

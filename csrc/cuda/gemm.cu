@@ -1,0 +1,238 @@
+// What linear and ffn do beside the products: upstream gradients with their sums over rows, sums of
+// parts; and the choice of the kernels of a card.
+#include "cuda/gemm.h"
+
+#include "cuda/tile/activation.h"
+#include "cuda/tile/panel.h"
+
+namespace fasttx {
+namespace {
+
+constexpr int THREADS = 256, MOST_PARTS = 32;
+
+// A thread has eight columns of every eighth row of a part.
+constexpr int GROUPS = 32, ROWS = THREADS / GROUPS, ROW_PARTS = 256;
+
+struct Upstream {
+  Panel dout, pre, dpre;
+  float* partials;  // [parts, N] or absent
+  Dropout dropout;
+  uint32_t place;
+  int activation, M, N, part_rows;
+};
+
+template <class T>
+__global__ void __launch_bounds__(THREADS) upstream(const __grid_constant__ Upstream u) {
+  FASTTX_SHARED(shared);
+  float* scratch = reinterpret_cast<float*>(shared);  // [ROWS, 8, GROUPS]
+  const int group = threadIdx.x % GROUPS, row = threadIdx.x / GROUPS;
+  const int n = (blockIdx.x * GROUPS + group) * 8, live = min(8, u.N - n);
+  const int64_t begin = int64_t{blockIdx.y} * u.part_rows;
+  const int end = static_cast<int>(min(begin + u.part_rows, int64_t{u.M}));
+  const Key key = load_key(u.dropout);
+  float total[8] = {};
+  if (live > 0)
+    for (int m = static_cast<int>(begin) + row; m < end; m += ROWS) {
+      float d[8];
+      load_panel<T>(u.dout, m, n, live, d);
+      if (u.dropout.threshold) {
+        const uint32_t kept = keep_bits(u.dropout, key, n / 8, m, u.place);
+#pragma unroll
+        for (int i = 0; i < 8; i++) d[i] = kept >> i & 1 ? d[i] : 0.0f;
+      }
+      if (u.activation) {
+        float value[8], slope[8];
+        load_panel<T>(u.pre, m, n, live, value);
+        activate<true>(u.activation, value, slope);
+#pragma unroll
+        for (int i = 0; i < 8; i++) d[i] *= slope[i];
+      }
+      if (u.dpre.data) store_panel<T>(u.dpre, m, n, live, d);
+#pragma unroll
+      for (int i = 0; i < 8; i++) total[i] += d[i];
+    }
+  if (!u.partials) return;
+#pragma unroll
+  for (int i = 0; i < 8; i++) scratch[(row * 8 + i) * GROUPS + group] = total[i];
+  __syncthreads();
+  // A column a thread.
+  const int column = blockIdx.x * GROUPS * 8 + threadIdx.x;
+  if (column >= u.N) return;
+  float sum = 0.0f;
+#pragma unroll
+  for (int r = 0; r < ROWS; r++)
+    sum += scratch[(r * 8 + threadIdx.x % 8) * GROUPS + threadIdx.x / 8];
+  store(u.partials + int64_t{blockIdx.y} * u.N + column, sum * u.dropout.scale);
+}
+
+struct PartsSum {
+  const float* partials;
+  void* out;
+  int64_t row, column;  // strides of out
+  int64_t rows, columns, groups;  // groups: of eight columns, in all
+  int dtype, parts, lanes;  // threads that share a group
+  int by_eight;
+};
+
+__global__ void __launch_bounds__(THREADS) parts_sum(const __grid_constant__ PartsSum p) {
+  FASTTX_SHARED(shared);
+  float* scratch = reinterpret_cast<float*>(shared);  // [8, THREADS]
+  const int each = THREADS / p.lanes, mine = threadIdx.x % each, lane = threadIdx.x / each;
+  const int64_t group = int64_t{blockIdx.x} * each + mine, across = (p.columns + 7) / 8;
+  const int64_t row = group / across, column = group % across * 8;
+  const int live = group < p.groups ? static_cast<int>(min(p.columns - column, int64_t{8})) : 0;
+  const int64_t at = row * p.columns + column, count = p.rows * p.columns;
+  const bool whole = live == 8 && p.columns % 4 == 0;
+  float total[8] = {};
+#pragma unroll 4
+  for (int part = lane; part < p.parts; part += p.lanes) {
+    const int64_t from = part * count + at;
+    float v[8] = {};
+    if (whole) {
+      unpack8(load8(p.partials, FASTTX_F32, from), FASTTX_F32, v);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; i++)
+        if (i < live) v[i] = load(p.partials + from + i);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) total[i] += v[i];
+  }
+  if (p.lanes > 1) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) scratch[i * THREADS + threadIdx.x] = total[i];
+    __syncthreads();
+    if (lane) return;
+    for (int other = 1; other < p.lanes; other++)
+#pragma unroll
+      for (int i = 0; i < 8; i++) total[i] += scratch[i * THREADS + other * each + mine];
+  }
+  const int64_t to = row * p.row + column * p.column;
+  if (live == 8 && p.by_eight) {
+    store8(p.out, p.dtype, to, total);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+    if (i < live) store1(p.out, p.dtype, to + i * p.column, total[i]);
+}
+
+bool on_hopper() { return compute_capability() == 90; }
+
+bool runs_along(const fasttx_tensor& t, int dim) {
+  const int other = 1 - dim;
+  return (t.strides[dim] == 1 || t.sizes[dim] <= 1) &&
+         (t.sizes[other] <= 1 || (t.strides[other] > 0 && t.strides[other] % 8 == 0));
+}
+
+bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+}  // namespace
+
+bool can_be_operand(const fasttx_tensor& t) { return aligned(t.data) && runs_along(t, 1); }
+
+Operand operand(const fasttx_tensor& t, bool flip) {
+  const int along = runs_along(t, 1) ? 1 : 0, inner = flip ? 0 : 1, other = 1 - along;
+  const int64_t stride = t.sizes[other] <= 1 ? (t.sizes[along] + 7) / 8 * 8 : t.strides[other];
+  return {t.data, t.sizes[1 - inner], stride, along != inner};
+}
+Operand operand(const Panel& t, int64_t rows, int64_t columns, bool flip) {
+  return {t.data, flip ? columns : rows, t.row, flip};
+}
+
+Panel panel(const fasttx_tensor& t) {
+  if (!t.data) return {};
+  const int64_t row = t.strides[0], column = t.strides[1];
+  return {t.data, row, column, column == 1 && row % 8 == 0 && aligned(t.data)};
+}
+Panel panel_of_vector(const fasttx_tensor& t) {
+  if (!t.data) return {};
+  return {t.data, 0, t.strides[0], t.strides[0] == 1 && aligned(t.data)};
+}
+Panel take_panel(Run& run, int64_t rows, int64_t columns) {
+  const int64_t row = (columns + 7) / 8 * 8;
+  return {run.take(rows * row / 2), row, 1, 1};
+}
+
+int gemm_slots(int M) { return (M + 127) / 128 * (on_hopper() ? 4 : 2); }
+
+void gemm(Run& run, Gemm g) {
+  if (!g.M || !g.N) return;
+  if (!g.parts) g.parts = 1, g.part_steps = INT32_MAX;
+  run.then([&] {
+    return on_hopper() ? launch_gemm_sm90(g, run.stream) : launch_gemm_sm80(g, run.stream);
+  });
+}
+
+void plain_product(Run& run, Gemm g, const Panel& out) {
+  const int step = on_hopper() ? 64 : 32;
+  const int64_t tiles = int64_t{(g.M + 127) / 128} * ((g.N + 127) / 128);
+  const int steps = g.pairs * ((g.K + step - 1) / step);
+  // Where tiles are too few for the card, parts of at least 512 of k.
+  const int64_t wanted = tiles ? multiprocessors() / tiles : 1;
+  int parts = static_cast<int>(min(wanted, int64_t{min(steps * step / 512, MOST_PARTS)}));
+  if (g.K == 0) parts = 0;
+  if (parts == 1 || (parts < 1 && g.K)) {
+    g.e.out = out;
+    gemm(run, g);
+    return;
+  }
+  float* partials = nullptr;
+  if (parts) {
+    g.part_steps = (steps + parts - 1) / parts;
+    g.parts = parts = (steps + g.part_steps - 1) / g.part_steps;
+    partials = g.e.partials = run.take(int64_t{parts} * g.M * g.N);
+    gemm(run, g);
+  }
+  sum_parts(run, g.dtype, out, g.M, g.N, partials, parts);
+}
+
+void weight_gradient(Run& run, int dtype, float scale, const Operand& left, const Operand& right,
+                     int inner, const fasttx_tensor& out) {
+  Panel to = panel(out);
+  const bool turned = to.row == 1 && to.column != 1;  // write along memory
+  if (turned) to = {to.data, to.column, 1, to.column % 8 == 0 && aligned(to.data)};
+  Gemm g = {};
+  g.dtype = dtype;
+  g.a[0] = turned ? right : left;
+  g.b[0] = turned ? left : right;
+  g.M = static_cast<int>(g.a[0].outer);
+  g.N = static_cast<int>(g.b[0].outer);
+  g.K = inner;
+  g.pairs = 1;
+  g.e.scale = scale;
+  plain_product(run, g, to);
+}
+
+void sum_parts(Run& run, int dtype, const Panel& out, int64_t rows, int64_t columns,
+               const float* partials, int64_t parts) {
+  const int64_t groups = rows * ((columns + 7) / 8);
+  if (!groups) return;
+  const int lanes = parts > 64 ? 16 : 1, each = THREADS / lanes;
+  const PartsSum p = {partials, out.data, out.row, out.column, rows, columns, groups,
+                      dtype, static_cast<int>(parts), lanes, out.by_eight};
+  run.then([&] {
+    return launch(parts_sum, dim3(static_cast<unsigned>((groups + each - 1) / each)), THREADS,
+                  lanes > 1 ? 8 * THREADS * sizeof(float) : 0, run.stream, p);
+  });
+}
+
+void upstream_gradient(Run& run, int dtype, const fasttx_tensor& dout, const fasttx_tensor& pre,
+                       int activation, const Dropout& dropout, uint32_t place, const Panel& dpre,
+                       const fasttx_tensor& sums) {
+  Upstream u = {panel(dout), panel(pre), dpre, nullptr, dropout, place, activation};
+  u.M = static_cast<int>(dout.sizes[0]);
+  u.N = static_cast<int>(dout.sizes[1]);
+  u.part_rows = max(1, (u.M + ROW_PARTS * ROWS - 1) / (ROW_PARTS * ROWS)) * ROWS;
+  const int parts = (u.M + u.part_rows - 1) / u.part_rows;
+  if (sums.data) u.partials = run.take(int64_t{parts} * u.N);
+  if (parts && u.N)
+    run.then([&] {
+      const dim3 grid((u.N + GROUPS * 8 - 1) / (GROUPS * 8), parts);
+      return launch(dtype == FASTTX_BF16 ? upstream<bf16> : upstream<f16>, grid, THREADS,
+                    8 * THREADS * sizeof(float), run.stream, u);
+    });
+  if (sums.data) sum_parts(run, dtype, panel_of_vector(sums), 1, u.N, u.partials, parts);
+}
+
+}  // namespace fasttx

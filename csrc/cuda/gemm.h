@@ -1,0 +1,104 @@
+// c [M, N] = scale a [M, K] b [K, N] of 16-bit numbers, summed in fp32, and what follows it: what
+// linear and ffn ask of the kernels in sm80/ and sm90/.
+#pragma once
+#include "cuda/philox.h"
+#include "fasttx.h"
+
+namespace fasttx {
+
+// A matrix [outer, inner], summed over inner. Its memory runs along inner or, transposed, along
+// outer; the other dimension has `stride` elements, a multiple of 8, and data is aligned to 16 bytes.
+struct Operand {
+  const void* data;
+  int64_t outer, stride;
+  int transposed;
+};
+
+// A tensor [M, N] of 16-bit numbers that the epilogue reads or writes; data == nullptr: absent.
+struct Panel {
+  void* data;
+  int64_t row, column;  // strides
+  int by_eight;         // rows lie in whole aligned 16 bytes
+};
+
+// Forward: pre = c + bias, pre_gate = c' + gate_bias and
+// out = dropout(act(pre) [pre_gate]) + residual. Backward, with dh = dropout(c):
+// dpre = dh act'(pre) [pre_gate], dgate = dh act(pre), h = dropout(act(pre) [pre_gate]).
+struct Epilogue {
+  int backward, activation;
+  float scale;
+  uint32_t place;  // the head of dropout's counter
+  Dropout dropout;
+  Panel bias, gate_bias;  // one row each
+  Panel pre, pre_gate;    // forward: written; backward: read
+  Panel out, residual;
+  Panel dpre, dgate, h;
+  float *dpre_sums, *dgate_sums;  // [slots, N]: over the rows of a slot
+  float* partials;                // [parts, M, N]: instead of all this, scale c's parts
+};
+
+struct Gemm {
+  int dtype;
+  int M, N, K;
+  Operand a[2], b[2];
+  int gated;  // c' = a[0] b[1], beside c = a[0] b[0]
+  int pairs;  // 2: c = a[0] b[0] + a[1] b[1]
+  int parts, part_steps;  // the sum over k, cut into parts of so many steps
+  Epilogue e;
+};
+
+// What a call of an op has of memory and stream; or, counting, it launches nothing and finds how
+// many floats it would take.
+struct Run {
+  float* space;
+  void* stream;
+  bool counting = false;
+  int64_t used = 0;
+  int status = 0;
+  // Aligned to 16 bytes.
+  float* take(int64_t floats) {
+    float* at = counting ? nullptr : space + used;
+    used += (floats + 3) / 4 * 4;
+    return at;
+  }
+  template <class Launch>
+  void then(Launch launch) {
+    if (!counting && !status) status = launch();
+  }
+};
+
+// A cudaError_t. A tile's rows give 2 and 4 slots of sums, a step is 32 and 64 of k.
+int launch_gemm_sm80(const Gemm& g, void* stream);
+int launch_gemm_sm90(const Gemm& g, void* stream);
+
+// Of the sums over rows, on this card.
+int gemm_slots(int M);
+
+// The product with its epilogue, on the kernels of this card.
+void gemm(Run& run, Gemm g);
+// out = scale * the sum of a b over the pairs; the epilogue is scale alone.
+void plain_product(Run& run, Gemm g, const Panel& out);
+// out [rows of left, rows of right] = scale left right^T, both summed over `inner`; out of any
+// strides.
+void weight_gradient(Run& run, int dtype, float scale, const Operand& left, const Operand& right,
+                     int inner, const fasttx_tensor& out);
+
+// dpre = dout act'(pre), or dout where dropout keeps it (not scaled), and sums [N] of it (scaled)
+// over its rows; either may be absent.
+void upstream_gradient(Run& run, int dtype, const fasttx_tensor& dout, const fasttx_tensor& pre,
+                       int activation, const Dropout& dropout, uint32_t place, const Panel& dpre,
+                       const fasttx_tensor& sums);
+// out [rows, columns] = partials [parts, rows, columns], summed in order.
+void sum_parts(Run& run, int dtype, const Panel& out, int64_t rows, int64_t columns,
+               const float* partials, int64_t parts);
+
+// Of a tensor [R, C]: rows outer, or columns where flipped.
+bool can_be_operand(const fasttx_tensor& t);
+Operand operand(const fasttx_tensor& t, bool flip);
+Operand operand(const Panel& t, int64_t rows, int64_t columns, bool flip);
+Panel panel(const fasttx_tensor& t);
+Panel panel_of_vector(const fasttx_tensor& t);
+// 16-bit [rows, columns] in the workspace, fit for an operand.
+Panel take_panel(Run& run, int64_t rows, int64_t columns);
+
+}  // namespace fasttx

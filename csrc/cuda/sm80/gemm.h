@@ -1,0 +1,141 @@
+// The product by mma.sync: tiles of 128 x 128 by 4 warps of 64 x 64, k by 32 through four stages of
+// cp.async. A warp's 64 columns are two pieces of 32, half a tile apart (gemm_epilogue.h).
+#pragma once
+#include "cuda/ptx/cp_async.h"
+#include "cuda/ptx/ldmatrix.h"
+#include "cuda/ptx/mma.h"
+#include "cuda/tile/gemm_epilogue.h"
+
+namespace fasttx {
+namespace sm80_gemm {
+
+constexpr int SIDE = 128, STEP = 32, STAGES = 4, THREADS = 128;
+constexpr int OPERAND = SIDE * STEP * 2, STAGE = 2 * OPERAND;
+static_assert(STAGES * STAGE >= THREADS / 32 * STRIP_BYTES);
+
+// Where 8 numbers of an operand's tile begin: [SIDE, STEP] by rows of 64 bytes or, transposed,
+// [STEP, SIDE] by rows of 256. Eight neighbouring rows lie in different banks.
+template <int TRANSPOSED>
+FASTTX_DEVICE uint32_t at_tile(int outer, int k) {
+  if (TRANSPOSED) return k * 256 + ((outer / 8 ^ (k & 7)) << 4);
+  return outer * 64 + ((k / 8 ^ (outer >> 1 & 3)) << 4);
+}
+
+// SIDE x STEP of an operand from `first` and k on; the rows from SIDE / 2 on are those of `second`,
+// which begin at first2.
+template <int TRANSPOSED>
+FASTTX_DEVICE void fetch(uint32_t to, const Operand& one, const Operand& two, int first, int first2,
+                         int k0, int K) {
+#pragma unroll
+  for (int i = 0; i < OPERAND / 16 / THREADS; i++) {
+    const int piece = threadIdx.x + i * THREADS;
+    const int outer = TRANSPOSED ? piece % (SIDE / 8) * 8 : piece / (STEP / 8);
+    const int k = TRANSPOSED ? piece / (SIDE / 8) : piece % (STEP / 8) * 8;
+    const bool upper = outer >= SIDE / 2;
+    const Operand& from = upper ? two : one;
+    const int at = upper ? first2 + outer - SIDE / 2 : first + outer;
+    const int across = static_cast<int>(from.outer) - at, along = K - k0 - k;
+    const int valid = TRANSPOSED ? (along > 0 ? across : 0) : (across > 0 ? along : 0);
+    const int bytes = 2 * max(0, min(8, valid));
+    const int64_t offset = TRANSPOSED ? int64_t{k0 + k} * from.stride + at
+                                      : int64_t{at} * from.stride + k0 + k;
+    const uint16_t* data = static_cast<const uint16_t*>(from.data);
+    cp_async_part(to + at_tile<TRANSPOSED>(outer, k), bytes ? data + offset : data, bytes);
+  }
+}
+
+template <int TRANSPOSED>
+FASTTX_DEVICE void load_a(uint32_t (&x)[4], uint32_t tile, int outer, int k, int lane) {
+  if (TRANSPOSED)
+    ldmatrix_x4_trans(
+        x, tile + at_tile<1>(outer + lane / 8 % 2 * 8, k + lane % 8 + lane / 16 * 8));
+  else
+    ldmatrix_x4(x, tile + at_tile<0>(outer + lane % 16, k + lane / 16 * 8));
+}
+// 16 columns: y[0], y[1] of the first eight, y[2], y[3] of the others.
+template <int TRANSPOSED>
+FASTTX_DEVICE void load_b(uint32_t (&y)[4], uint32_t tile, int outer, int k, int lane) {
+  if (TRANSPOSED)
+    ldmatrix_x4_trans(y, tile + at_tile<1>(outer + lane / 16 * 8, k + lane % 16));
+  else
+    ldmatrix_x4(y, tile + at_tile<0>(outer + lane % 8 + lane / 16 * 8, k + lane / 8 % 2 * 8));
+}
+
+template <class T, int TA, int TB>
+__global__ void __launch_bounds__(THREADS, 2) gemm(const __grid_constant__ Gemm g) {
+  FASTTX_SHARED(shared);
+  const uint32_t base = shared_address(shared);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wm = warp / 2, wn = warp % 2;
+  const Tile t = tile_of<SIDE, SIDE, STEP>(g, blockIdx.x);
+  const int each = (g.K + STEP - 1) / STEP;
+
+  auto bring = [&](int step) {
+    if (step < t.end) {
+      const int second = step >= each, k = (step - second * each) * STEP;
+      const uint32_t to = base + (step - t.begin) % STAGES * STAGE;
+      fetch<TA>(to, g.a[second], g.a[second], t.m, t.m + SIDE / 2, k, g.K);
+      fetch<TB>(to + OPERAND, g.b[second], g.b[g.gated ? 1 : second], t.n,
+                g.gated ? t.n : t.n + SIDE / 2, k, g.K);
+    }
+    cp_async_commit();
+  };
+
+  float d[4][8][4] = {};
+#pragma unroll
+  for (int i = 0; i < STAGES - 1; i++) bring(t.begin + i);
+#pragma unroll 1
+  for (int step = t.begin; step < t.end; step++) {
+    cp_async_wait<STAGES - 2>();
+    __syncthreads();
+    bring(step + STAGES - 1);
+    const uint32_t a = base + (step - t.begin) % STAGES * STAGE, b = a + OPERAND;
+#pragma unroll
+    for (int k = 0; k < STEP; k += 16) {
+      uint32_t x[4][4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) load_a<TA>(x[i], a, wm * 64 + i * 16, k, lane);
+#pragma unroll
+      for (int j = 0; j < 8; j += 2) {
+        uint32_t y[4];
+        load_b<TB>(y, b, j / 4 * (SIDE / 2) + wn * 32 + j % 4 * 8, k, lane);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          mma<T>(d[i][j], x[i], y[0], y[1]);
+          mma<T>(d[i][j + 1], x[i], y[2], y[3]);
+        }
+      }
+    }
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+
+  float* strip = reinterpret_cast<float*>(shared + warp * STRIP_BYTES);
+  const Key key = load_key(g.e.dropout);
+  const int n = t.n + wn * 32, slot = t.m / SIDE * 2 + wm;
+  Sums sums = {};
+#pragma unroll 1
+  for (int s = 0; s < 4; s++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (i == s) fill_strip(strip, lane, [&](int f, int e) { return d[i][f][e]; });
+    __syncwarp();
+    finish_strip<T>(g, key, strip, lane, t.part, t.m + wm * 64 + s * 16, n, SIDE / 2, sums);
+    __syncwarp();
+  }
+  if (g.e.dpre_sums || g.e.dgate_sums) store_sums(g, slot, lane, n, SIDE / 2, sums);
+}
+
+template <class T>
+int launch(const Gemm& g, void* stream) {
+  const int width = g.gated ? SIDE / 2 : SIDE;
+  const int64_t blocks =
+      int64_t{(g.M + SIDE - 1) / SIDE} * ((g.N + width - 1) / width) * g.parts;
+  const auto kernel = g.a[0].transposed  ? gemm<T, 1, 1>
+                      : g.b[0].transposed ? gemm<T, 0, 1>
+                                          : gemm<T, 0, 0>;
+  return fasttx::launch(kernel, dim3(static_cast<unsigned>(blocks)), THREADS, STAGES * STAGE,
+                        stream, g);
+}
+
+}  // namespace sm80_gemm
+}  // namespace fasttx
