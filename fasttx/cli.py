@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import __version__, native
+from .cli_train import train
 
 ENVIRONMENT = {
     "FASTTX_NATIVE": "0: leave the native library alone (at install time: do not build it)",
@@ -51,6 +52,7 @@ explain_app = typer.Typer(
     help="Say what a call would run, and why not the other kernels.",
 )
 app.add_typer(explain_app, name="explain")
+app.command()(train)
 
 
 @app.callback(invoke_without_command=True)

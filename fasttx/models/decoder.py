@@ -42,7 +42,8 @@ class Decoder(nn.Module):
         limit = self.config.limit() if position_ids is None else None
         parts.check_ids("input_ids", input_ids, limit)
         parts.check_mask("attention_mask", attention_mask, input_ids)
-        x = self.embedding(input_ids, positions=position_ids)
+        places = None if self.embedding.positions is None else position_ids
+        x = self.embedding(input_ids, positions=places)
         given = {}
         if memory is not None:
             given = {"memory": memory, "memory_mask": parts.key_mask(memory_mask)}

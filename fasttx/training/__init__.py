@@ -9,6 +9,8 @@ _WHERE = {
     "stream": ("TokenStream",),
     "options": ("ConfigError", "TrainOptions"),
     "batches": ("Rows",),
+    "generation": ("generate_text",),
+    "run": ("train",),
     "loop": ("Result", "TrainingError", "fit"),
     "objectives": ("CausalLM", "Examples", "MaskedLM", "SpanCorruption", "TextInfilling"),
 }

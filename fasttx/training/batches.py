@@ -80,6 +80,17 @@ def check_batch(model: nn.Module, batch: Mapping) -> None:
     config = getattr(model, "config", None)
     size = getattr(config, "vocab_size", None)
     ids, labels = batch.get("input_ids"), batch.get("labels")
+    positions = batch.get("position_ids")
+    if (
+        isinstance(positions, Tensor)
+        and type(model).__module__.startswith("fasttx.models.")
+        and "cu_seq_lens_q" not in batch
+        and bool((positions[:, 1:] <= positions[:, :-1]).any())
+    ):
+        raise ValueError(
+            f"{type(model).__name__} of fasttx.models would let the packed documents of a row see "
+            'each other: use layout="flat"'
+        )
     if isinstance(ids, Tensor) and ids.numel():
         if ids.is_floating_point():
             raise ValueError(f"input_ids must be integers, got {ids.dtype}")

@@ -98,41 +98,42 @@ class TrainOptions:
         return wrong
 
 
-def read_section(cls: type, given, where: str, problems: list[str], leave: tuple[str, ...] = ()):
-    """cls(**given), or None with what is wrong added to `problems`, each with its key's path.
+def read_section(
+    cls: type, given, where: str, problems: list[str], *, leave: tuple[str, ...] = (), check=None
+) -> dict | None:
+    """The values for cls(**values), or None with what is wrong added to `problems`, each with the
+    path of its key.
 
-    leave: fields that are not the section's to set.
+    leave: fields that are not the section's to set. check: values to what else is wrong.
     """
-    if given is None:
-        given = {}
+    given = {} if given is None else given
     if not isinstance(given, dict):
         problems.append(f"{where} must be a mapping, got {given!r}")
         return None
-    known = [f.name for f in dataclasses.fields(cls) if f.name not in leave]
+    fields = [f for f in dataclasses.fields(cls) if f.name not in leave]
+    known = [f.name for f in fields]
     found = unknown_keys(given, known, where)
-    right = {k: v for k, v in given.items() if k in known}
-    if "betas" in right and isinstance(right["betas"], list):
-        right["betas"] = tuple(right["betas"])
-    right |= {k: float(v) for k, v in right.items() if _is_number_text(cls, k, v)}
-    missing = [
+    values = {k: _plain(cls, k, v) for k, v in given.items() if k in known}
+    needed = [
         f.name
-        for f in dataclasses.fields(cls)
-        if f.name in known
-        and f.name not in right
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
+        for f in fields
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
-    found += [f"{where}.{name} is missing" for name in missing]
-    wrong = type_problems(cls, right)
-    if not wrong and not missing and hasattr(cls, "problems"):
-        try:
-            result = cls(**right)
-        except ConfigError as error:
-            wrong = error.problems
+    found += [f"{where}.{name} is missing" for name in needed if name not in values]
+    wrong = type_problems(cls, values)
+    if not wrong and not any("is missing" in text for text in found) and check is not None:
+        wrong = check(values)
     problems += found + [f"{where}.{text}" for text in wrong]
-    if found or wrong:
-        return None
-    return result if hasattr(cls, "problems") else cls(**right)
+    return None if found or wrong else values
+
+
+def option_problems(values: dict) -> list[str]:
+    """What is wrong with values for TrainOptions."""
+    try:
+        TrainOptions(**values)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def unknown_keys(given: dict, known: list[str], where: str) -> list[str]:
@@ -145,14 +146,17 @@ def unknown_keys(given: dict, known: list[str], where: str) -> list[str]:
     return wrong
 
 
-def _is_number_text(cls: type, key: str, value) -> bool:
-    """YAML reads 1e-3 as a text."""
-    if not isinstance(value, str) or not _accepts(typing.get_type_hints(cls).get(key), 0.5):
-        return False
-    try:
-        return math.isfinite(float(value))
-    except ValueError:
-        return False
+def _plain(cls: type, key: str, value):
+    """YAML reads 1e-3 as a text, and a pair as a list."""
+    hint = typing.get_type_hints(cls)[key]
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, str) and _accepts(hint, 0.5) and not _accepts(hint, value):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    return value
 
 
 def type_problems(cls: type, values: dict) -> list[str]:

@@ -14,7 +14,12 @@ import numpy as np
 __all__ = ["KINDS", "Tokenizer", "TokenizerMismatch", "check_tokenizer", "train_tokenizer"]
 
 KINDS = ("bpe", "wordpiece", "unigram", "word", "char")
-TEMPLATES = {"none": None, "eos": "$A {eos}", "bos_eos": "{bos} $A {eos}"}
+TEMPLATES = {
+    "none": None,
+    "bos": "{bos} $A",
+    "eos": "$A {eos}",
+    "bos_eos": "{bos} $A {eos}",
+}
 # What Hugging Face folders call the special tokens, and what they are here.
 ROLES = {
     "pad": "pad_token",
@@ -95,6 +100,11 @@ class Tokenizer:
         """The ids of a text, none added around it. special: <mask> in the text is the token and
         not six characters."""
         return self._ready(special).encode(text, add_special_tokens=False).ids
+
+    def prompt(self, text: str) -> list[int]:
+        """The ids of a text as a model is given it: with what the tokenizer's template puts around
+        it; special tokens in the text are such."""
+        return self._ready(special=True).encode(text).ids
 
     def encode_batch(self, texts: list[str], words: bool = False) -> list:
         """The tokenizers.Encoding of each text, as encode; with word_ids if `words`."""
@@ -220,7 +230,8 @@ def train_tokenizer(
         sentinels: how many of <extra_id_0>, ... span corruption may use; their ids come last.
         special: token by role, in the place of <pad>, <s> (bos), </s> (eos), <unk>, <mask>; cls
             and sep may be added.
-        template: what transformers puts around a text: "none", "eos" or "bos_eos".
+        template: what prompt, and transformers, put around a text: "none", "bos", "eos" or
+            "bos_eos".
 
     Raises:
         ValueError: naming the argument, or that the documents hold no text.
