@@ -374,6 +374,21 @@ def test_needs():
     assert Needs(sizes={"q.3": (1, 4)}).refuse(args, at) == "needs 1 <= q.shape[3] <= 4, got 5"
     assert Needs(absent=("mask",)).refuse(args, at) is None
     assert Needs(absent=("p",)).refuse(args, at) == "does not support p"
+    matrices, at = {"x": "rows", "w": "either", "g": "w"}, {"x": 0, "w": 1, "g": 2}
+    needs = Needs(dtypes=(torch.float16,), dtype_of="x", matrices=matrices)
+    x, turned = torch.zeros(3, 16).half(), torch.zeros(16, 16).half().t()
+    assert needs.refuse((x, x, None), at) is needs.refuse((x, turned, turned), at) is None
+    odd, shifted = torch.zeros(3, 12).half(), torch.zeros(3, 24).half()[:, 1:17]
+    assert needs.refuse((odd, x, None), at) == (
+        "needs x of contiguous rows that begin a multiple of 16 bytes apart, got strides (12, 1)"
+    )
+    assert "rows or columns that" in needs.refuse((x, odd, None), at)
+    assert needs.refuse((shifted, x, None), at) == "needs x aligned to 16 bytes"
+    assert "needs x of contiguous rows" in needs.refuse((turned, x, None), at)
+    assert needs.refuse((x, x, turned), at) == (
+        "needs g to lie in memory as w, of strides (16, 1), got strides (1, 16)"
+    )
+    args, at = (torch.zeros(2, 3, 4, 5), None, 0.5), {"q": 0, "mask": 1, "p": 2}
     assert Needs(env=("FASTTX_NO_SUCH", "1")).refuse(args, at) == "needs FASTTX_NO_SUCH=1"
     assert (torch.float32, torch.bfloat16, torch.float16) == FLOATS
 

@@ -59,6 +59,17 @@ def softmax_down_a_column():
     fasttx.softmax(x, dim=1, backend="cuda").square().sum().backward()
 
 
+def linear():
+    x, w, b = (t.clone().requires_grad_() for t in (X, X.flip(0), X[0, :6]))
+    fasttx.linear(x, w, b, activation="gelu", backend="cuda").sum().backward()
+
+
+def ffn():
+    w = [torch.randn(s).bfloat16().requires_grad_() for s in ((16, 40), (16,), (8, 16), (8,))]
+    gate = {"w_gate": w[0].detach().clone().requires_grad_(), "b_gate": w[1]}
+    fasttx.ffn(X, *w, **gate, activation="swiglu", backend="cuda").sum().backward()
+
+
 def cross_entropy(**options):
     x = LOGITS.clone().requires_grad_()
     fasttx.cross_entropy(x, TARGET, backend="cuda", **options).mul(2).backward()
@@ -74,6 +85,8 @@ def in_place():
     [
         (add_norm, ["add_norm_fwd", *["add_norm_bwd"] * 3]),
         (rope, ["rope_fwd", "rope_bwd"]),
+        (linear, ["linear_fwd", *["linear_bwd"] * 4]),
+        (ffn, [*["ffn_fwd"] * 2, *["ffn_bwd"] * 8]),
         (embed, ["embed_fwd", *["embed_bwd"] * 11]),
         (embed_odd, ["embed_fwd", *["embed_bwd"] * 11]),
         (softmax, ["softmax_fwd", *["softmax_bwd"] * 3]),
