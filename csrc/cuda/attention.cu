@@ -169,3 +169,51 @@ FASTTX_API int fasttx_cuda_attention_fwd(const fasttx_attention& given, float* w
   const bool hopper = compute_capability() == 90 && !attention_fwd_sm90_refuses(p);
   return hopper ? attention_fwd_sm90(p, stream) : attention_fwd_sm80(p, stream);
 }
+
+namespace fasttx {
+namespace {
+
+// [B, H, S], each at a multiple of 16 bytes.
+int64_t row_array(const Attention& p) { return (row_floats(p) + 3) / 4 * 4; }
+
+Attention make_backward(const fasttx_attention& given) {
+  Attention p = make_attention(given);
+  p.two_numbers = p.mask != NO_MASK && p.a.mask.dtype != FASTTX_BOOL;
+  return p;
+}
+fasttx_tensor* copied(Attention& p, int i) {
+  return i == 0 ? &p.a.q : i == 1 ? &p.a.k : i == 2 ? &p.a.v : &p.a.dout;
+}
+
+template <class T>
+int start_rows(const Attention& p, void* stream) {
+  return launch(attention_rows<T>, dim3(static_cast<unsigned>((row_floats(p) + 3) / 4)), 128, 0,
+                stream, p);
+}
+
+}  // namespace
+}  // namespace fasttx
+
+FASTTX_API int64_t fasttx_cuda_attention_bwd_workspace(const fasttx_attention& given) {
+  Attention p = make_backward(given);
+  int64_t floats = 3 * row_array(p) + attention_bwd_sm80_workspace(p);
+  for (int i = 0; i < 4; i++) floats += copy_floats(*copied(p, i));
+  return floats;
+}
+
+FASTTX_API int fasttx_cuda_attention_bwd(const fasttx_attention& given, float* workspace,
+                                         void* stream) {
+  Attention p = make_backward(given);
+  int status = cudaSuccess;
+  for (int i = 0; i < 4 && status == cudaSuccess; i++)
+    status = make_copy(*copied(p, i), workspace, stream);
+  if (status != cudaSuccess) return status;
+  for (float** array : {&p.peak, &p.log_total, &p.delta}) {
+    *array = workspace;
+    workspace += row_array(p);
+  }
+  if (row_floats(p))
+    status = p.a.q.dtype == FASTTX_BF16 ? start_rows<bf16>(p, stream) : start_rows<f16>(p, stream);
+  if (status != cudaSuccess) return status;
+  return attention_bwd_sm80(p, workspace, stream);
+}

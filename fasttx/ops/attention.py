@@ -76,11 +76,7 @@ for _op in (attention_fwd, attention_bwd):
         ],
         cuda=[
             Kernel("triton", _triton, Needs(sizes=_HEADS, sm=80)),
-            *(
-                [Kernel("cuda", f"native:{_op.name}_cuda", Needs(_HALF, sizes=_HEADS, sm=80))]
-                if _op is attention_fwd
-                else []
-            ),
+            Kernel("cuda", f"native:{_op.name}_cuda", Needs(_HALF, sizes=_HEADS, sm=80)),
             _reference,
         ],
     )

@@ -119,6 +119,19 @@ FASTTX_DEVICE void stage_bias(BiasTile<ROWS, KEYS>& tile, const Bias& b, const P
   }
 }
 
+// What is added to the score of the tile's row r and key c, -inf where hidden.
+template <int ROWS, int KEYS>
+FASTTX_DEVICE float bias_at(const BiasTile<ROWS, KEYS>& tile, const Bias& b, const Place& at, int i0,
+                            int j0, int r, int c) {
+  float more = tile.key[c];
+  if (b.p->a.table.data) more += tile.distance[c - r + ROWS - 1];
+  if (b.p->mask == MASK_PAIRS) {
+    const float m = pair_value(b, at, i0 + r, j0 + c);
+    more = m == -INFINITY ? m : more + m;
+  }
+  return more;
+}
+
 // A warp's scores s[m][n][e] as mma and wgmma leave them become logits: the pair of query i and key j
 // of the tile is row(m, h) + .. Selects, so that what is hidden is -inf whatever the score is.
 // Queries down: rows row + 16 m + 8 (e / 2), keys column + 8 n + e % 2.
