@@ -33,7 +33,8 @@ class TrainOptions:
     the backward. evaluate_every, save_every, log_every: in steps; 0 only at the end.
     evaluation_batches: at most so many; None for all. patience: stop after so many evaluations
     without a loss below the best, and keep the best model; None never. keep: checkpoints.
-    parallel, under torchrun: "ddp" or "fsdp".
+    seed: of the order of rows, the noise and the generators. device: "auto" is a GPU if there is
+    one; or "cpu", "cuda", "cuda:1". parallel, under torchrun: "ddp" or "fsdp".
     """
 
     steps: int | None = None
