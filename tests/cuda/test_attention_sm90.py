@@ -1,0 +1,239 @@
+"""attention's forward for sm_90a in the emulator: the cases of tests/ops against fp64, long ones
+under several schedules, what is hidden, and planted bugs."""
+# ruff: noqa: E501 (a table, one case a line)
+
+import functools
+
+import pytest
+import torch
+
+import fasttx
+from fasttx.testing import check
+from tests.emulator.build import ROOT
+from tests.ops.attention_cases import Case, additive, cases, padding, qkv, random, relative
+
+from .emulated import card, mode
+from .planted import Bug, Planted
+
+HALF = (torch.bfloat16, torch.float16)
+MODES = [(eager, seed) for eager in (False, True) for seed in (0, 1, 2)]
+CAUSAL, LOWER = {"is_causal": True}, {"is_causal": "lower_right"}
+DROP = {"dropout_p": 0.2, "seed": 5}
+
+
+def alibi(slopes):
+    return fasttx.ALiBi(slopes)
+
+
+def long(B=1, H=2, S=200, T=330, D=64, **more):
+    return qkv(B=B, H=H, S=S, T=T, D=D, **more)
+
+
+# Several tiles a block of threads, several blocks of keys a tile.
+LONG = [
+    Case("64", long(H=4, S=400, T=520)),
+    Case("64, causal", long(H=3, S=400, T=400), CAUSAL),
+    Case("64, lower right", long(S=250, T=520, G=1), LOWER),
+    Case("64, window", long(S=500, T=500), {"window": (70, 9)}),
+    Case("128", long(H=3, D=128)),
+    Case("128, causal", long(S=300, T=300, D=128), CAUSAL),
+    Case("96 and 72, grouped", long(H=4, G=2, S=150, D=96, Dv=72), CAUSAL),
+    Case("256", long(S=150, T=200, D=256)),
+    Case("200 and 40, window", long(S=150, T=200, D=200, Dv=40), {"window": (50, 20)}),
+    Case("packed", long(S=410, T=410), {"cu_seqlens": torch.tensor([0, 64, 64, 195, 400]), **CAUSAL}),
+    Case("packed, 128", long(S=330, T=260, D=128), {"cu_seqlens": (torch.tensor([0, 1, 200, 330]), torch.tensor([0, 130, 130, 260]))}),
+    Case("relative", {**long(S=300, T=300), "table": random(32, 2)}, {}, (), relative()),
+    Case("relative, 128", {**long(S=150, D=128), "table": random(32, 2)}, LOWER, (), relative(bidirectional=False)),
+    Case("ALiBi, 128", {**long(S=300, T=300, D=128), "slopes": fasttx.ALiBi.standard_slopes(2)}, CAUSAL, (), alibi, ("slopes",)),
+    Case("padding", {**long(B=3, S=150, T=300), "attn_mask": padding(3, 300)}),
+    Case("float mask", {**long(B=2, S=200, T=200), "attn_mask": additive(2, 1, 200, 200)}, {"softcap": 4.0}),
+    Case("float mask, 128", {**long(S=150, T=200, D=128), "attn_mask": additive(1, 2, 150, 200)}, LOWER),
+    Case("float mask, 256", {**long(S=100, T=150, D=256), "attn_mask": additive(1, 1, 100, 150)}),
+    Case("dropout", long(H=3, S=200, T=300), DROP),
+    Case("dropout, 128", {**long(S=150, T=200, D=128), "attn_mask": additive(1, 2, 150, 200)}, {**DROP, **CAUSAL}),
+    Case("dropout, 256", long(S=100, T=150, D=256), DROP),
+]  # fmt: skip
+QUICK = {"plain", "one query", "causal", "lower right, S > T", "window and softcap, grouped"}
+QUICK |= {"padding", "bool mask with empty rows", "float mask [1,H,S,T]", "ALiBi", "packed"}
+QUICK |= {"relative, causal, dropout", "packed cross, dropout", "head size 256", "every layout"}
+QUICK |= {"wide value, odd head", "rows of finite minima", "everything", "negative scale"}
+
+
+def selected():
+    for group in (cases(), LONG):
+        for n, case in enumerate(group):
+            for dtype in HALF:
+                quick = case.name in QUICK or (group is LONG and n % 3 == 0)
+                slow = () if quick and dtype is HALF[n % 2] else pytest.mark.slow
+                where = "long " if group is LONG else ""
+                name = f"{str(dtype).removeprefix('torch.')}-{where}{case.name}"
+                yield pytest.param(dtype, case, MODES[n % 6], id=name, marks=slow)
+
+
+def held(case: Case, dtype: torch.dtype):
+    check(
+        case.function("cuda"), case.function("reference"), case.plain(dtype), case.inputs,
+        dtype=dtype, names=("out", "lse"), keep=case.keep, layouts=case.layouts,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "case", "schedule"), list(selected()))
+def test_against_fp64(dtype, case, schedule):
+    with card(90), mode(*schedule):
+        held(case, dtype)
+
+
+@pytest.mark.parametrize("name", ["64, causal", "128", "packed", "relative, 128", "dropout"])
+def test_schedules_give_the_same_bits(name):
+    (case,) = (c for c in LONG if c.name == name)
+    inputs = {n: t.bfloat16() if t.is_floating_point() else t for n, t in case.inputs.items()}
+    inputs |= {n: case.inputs[n] for n in case.keep}
+    results = []
+    for schedule in MODES[::2]:
+        with card(90), mode(*schedule):
+            results.append(case.function("cuda")(**inputs))
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+
+
+def poisoned(t, where, value):
+    t = t.clone()
+    t[where] = value
+    return t
+
+
+@pytest.mark.parametrize(
+    ("D", "value"),
+    [
+        (64, torch.nan),
+        pytest.param(64, torch.inf, marks=pytest.mark.slow),
+        pytest.param(128, torch.nan, marks=pytest.mark.slow),
+        (200, torch.inf),
+    ],
+)
+def test_hidden_values_reach_nothing(D, value):
+    """Behind the diagonal, behind a mask, in the next sequence."""
+    q, k, v = (t.bfloat16() for t in qkv(B=1, H=1, S=150, T=150, D=D).values())
+    late = (slice(None), slice(None), slice(100, None))
+    run = functools.partial(fasttx.attention, backend="cuda", return_lse=True)
+    lengths = {"cu_seqlens": torch.tensor([0, 100, 150])}
+    mask = (torch.arange(150) < 100)[None, None, None]
+    dirty = [poisoned(t, late, value) for t in (q, k, v)]
+    for options, shown in (
+        (CAUSAL, 100),
+        (lengths, 100),
+        ({"attn_mask": mask}, 150),
+        ({"attn_mask": mask, **DROP}, 150),
+    ):
+        query = q if shown == 150 else dirty[0]
+        with card(90):
+            pairs = zip(run(query, *dirty[1:], **options), run(q, k, v, **options), strict=True)
+        for got, clean in pairs:
+            got, clean = got[:, :, :shown].float(), clean[:, :, :shown].float()
+            torch.testing.assert_close(got, clean, atol=1e-2, rtol=1e-2)
+
+
+def test_visible_nan_shows():
+    q, k, v = (t.bfloat16() for t in qkv(S=70, T=70).values())
+    for which in range(3):
+        tensors = [q, k, v]
+        tensors[which] = poisoned(tensors[which], (1, 1, 4, 2), torch.nan)
+        out = fasttx.attention(*tensors, is_causal=True, backend="cuda")
+        wrong = out.isnan()
+        assert not wrong[0].any() and not wrong[1, 0].any() and not wrong[1, 1, :4].any()
+        assert wrong[1, 1, 4, 2] and wrong[1, 1].any(-1).sum() == (1 if which == 0 else 66)
+
+
+FILE = "cuda/sm90/attention_fwd.h"
+BUGS = [
+    Bug("no wait for K", FILE, "wait(L::K_FULL, blocks + 1);", ""),
+    Bug(
+        "no wait for V",
+        FILE,
+        "start_scores(me, s, blocks + 1);\n        wait(L::V_FULL, blocks);",
+        "start_scores(me, s, blocks + 1);",
+    ),
+    Bug(
+        "S before its product is done",
+        FILE,
+        "wgmma_wait<0>();\n      release(L::K_EMPTY, blocks);",
+        "release(L::K_EMPTY, blocks);",
+    ),
+    Bug(
+        "P changed under the product that reads it",
+        FILE,
+        "wgmma_wait<0>();\n        release(L::V_EMPTY, blocks++);\n        rescale(o, rows);",
+        "release(L::V_EMPTY, blocks++);\n        rescale(o, rows);",
+    ),
+    Bug(
+        "K's room given back under the product",
+        FILE,
+        "wgmma_wait<1>();\n        release(L::K_EMPTY, blocks + 1);",
+        "release(L::K_EMPTY, blocks + 1);\n        wgmma_wait<1>();",
+    ),
+    Bug(
+        "no wait for an empty stage",
+        FILE,
+        "mbarrier_wait(base + empty + 8 * stage, Stages::phase(n) ^ 1);",
+        "",
+    ),
+    Bug(
+        "no wait for Q's room",
+        FILE,
+        "mbarrier_wait(base + L::Q_EMPTY, Ring<1>::phase(tiles) ^ 1);",
+        "",
+    ),
+    Bug("wrong byte count", FILE, "L::STAGE + more", "L::STAGE + more - 16"),
+    Bug(
+        "a turn never given back",
+        FILE,
+        "if (L::TURNS) barrier_arrive(L::TURN + Me().next(), 256);",
+        "",
+    ),
+    Bug("no barrier before out is read", FILE, "fence_async();\n    meet(me);", "fence_async();"),
+    Bug(
+        "out overwritten before it is read",
+        FILE,
+        "if (me.thread == 0) tma_wait_read<0>();",
+        "",
+    ),
+    Bug("one key too many", FILE, "min(at.T - 1, i + at.high)", "min(at.T, i + at.high)"),
+    Bug("V as if it were K", FILE, "along_rows<KEYS>(v, r, 0)", "along_columns<KEYS>(v, r, 0)"),
+    Bug("wrong swizzle of out", "cuda/sm90/heads.h", "(row & 7)", "(row & 3)"),
+    Bug(
+        "wrong swizzle of the operands",
+        "cuda/matrix_descriptor.h",
+        "(4 - static_cast<int>(swizzle)) & 3",
+        "(3 - static_cast<int>(swizzle)) & 3",
+    ),
+]
+
+
+@functools.cache
+def planted() -> Planted:
+    kernels = sorted((ROOT / "csrc/cuda").glob("sm*/attention_[fb]*.cu"))
+    sources = ["cuda/attention.cu", "cuda/device.cu", "ops/cuda/attention.cpp"]
+    sources += [k.relative_to(ROOT / "csrc").as_posix() for k in kernels]
+    return Planted("attention_fwd_sm90", sources, BUGS)
+
+
+def caught(bug: str | None) -> bool:
+    """Whether some schedule shows it: a fault, or a result that is not right."""
+    for eager, seed in MODES:
+        with planted().bug(bug, 90, eager, seed):
+            try:
+                held(LONG[0], torch.bfloat16)
+            except (RuntimeError, AssertionError):
+                return True
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", [b.name for b in BUGS])
+def test_a_planted_bug_is_caught(bug):
+    assert caught(bug)
+
+
+@pytest.mark.slow
+def test_without_a_bug_nothing_is_caught():
+    assert not caught(None)
