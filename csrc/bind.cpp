@@ -6,6 +6,7 @@
 #include "direct_call.h"
 #include "fasttx.h"
 #include "peak.h"
+#include "program.h"
 
 namespace py = pybind11;
 
@@ -42,6 +43,15 @@ PYBIND11_MODULE(_C, m) {
         "returns NotImplemented where torch must see the call. None where there is no such op.",
         py::arg("name"), py::arg("alloc"), py::arg("dtypes"), py::arg("dtype_of"),
         py::arg("sizes"), py::arg("absent"));
+
+  py::class_<fasttx::Program>(m, "Program", "Calls of the library's ops, to be made again in one go.")
+      .def(py::init<>())
+      .def("add", &fasttx::Program::add,
+           "Append a call that fills outputs; False where the library cannot make it.",
+           py::arg("name"), py::arg("outputs"), py::arg("inputs"))
+      .def("run", &fasttx::Program::run, "Make calls first .. last - 1 again.", py::arg("first"),
+           py::arg("last"))
+      .def("__len__", &fasttx::Program::size);
 
   m.def("_peak", &fasttx::peak, "Multiply-adds in registers; the floating-point operations done.",
         py::arg("bf16"), py::arg("rounds"));

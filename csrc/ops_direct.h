@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <initializer_list>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -125,6 +126,11 @@ void implement(torch::stable::detail::StableLibrary& m, const char* name) {
   static fasttx_op op = {name, Make::letters, std::tuple_size_v<typename Make::result>,
                          call_making<FILL, MAKE>, nullptr};
   fasttx::add_op(&op);
+  // The same filling outputs that are there: for programs.
+  static const std::string filling = std::string(name) + ".out";
+  static fasttx_op fill = {filling.c_str(), Signature<decltype(FILL)>::letters, 0,
+                           call_filling<FILL>, nullptr};
+  fasttx::add_op(&fill);
 }
 
 }  // namespace

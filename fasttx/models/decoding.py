@@ -1,12 +1,19 @@
 """A model one step after the other: the prompt without its padding, the logits after it and after
-each new token, from a CUDA graph on a GPU."""
+each new token, from a recorded step."""
 
 import os
 
 import torch
 from torch import Tensor
 
+from ..layers import SinusoidalPositions
+from .heads import BaseModel
+from .replay import record
+
 __all__ = ["Decoder", "align"]
+
+# Steps that must be left for a recording, which costs a few of them, to pay.
+WORTH_RECORDING = 8
 
 
 def align(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -30,57 +37,74 @@ def align(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Ten
 
 class Decoder:
     """model and cache: decoder(tokens [B,S]) advances by S tokens and gives the logits of the next,
-    float32 or the model's dtype, [B, vocabulary].
+    [B, vocabulary] in the model's dtype; `left` is how many steps may follow.
 
-    On a GPU the third call of one token is captured as a CUDA graph and those that follow replay
-    it: a step costs one launch. FASTTX_CUDA_GRAPH=0 turns that off, and so does a capture that
-    fails. The logits are then the same memory every time.
+    Steps of one token are recorded once, as a CUDA graph on a GPU and as a Recording on a CPU, and
+    made again from then on: their logits are then the same memory every time. FASTTX_GRAPH=0 turns
+    that off; what cannot be recorded, and models with hooks, run as they did.
     """
 
-    def __init__(self, model, cache):
+    def __init__(self, model, cache, left: int = 0):
         self.model, self.cache = model, cache
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.eager_steps, self.may_capture = 0, _may_capture(cache)
+        self.eager_steps, self.replay = 0, None
+        self.may_record = (
+            os.environ.get("FASTTX_GRAPH", "1") != "0"
+            and isinstance(model, BaseModel)
+            and left >= WORTH_RECORDING
+            and not torch._C._len_torch_dispatch_stack()
+            and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        )
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        if self.graph is not None:
-            return self._replay(tokens)
-        if tokens.shape[1] == 1 and self.may_capture:
-            self.eager_steps += 1
-            if self.eager_steps > 2:
-                self._capture(tokens)
-                if self.graph is not None:
-                    return self._replay(tokens)
+        if self.replay is not None:
+            if self.cache.filled >= self.cache.max_length:
+                raise ValueError(f"the cache holds no more than {self.cache.max_length} tokens")
+            self.tokens.copy_(tokens)
+            self.cache.filled += 1
+            return self.replay()
+        if self.may_record and tokens.shape[1] == 1:
+            return self._record(tokens)
         return self._run(tokens)
 
     def _run(self, tokens: Tensor) -> Tensor:
         hidden = self.model.decode(tokens, self.cache)
         return self.model.logits(hidden[:, -1])
 
-    def _capture(self, tokens: Tensor) -> None:
-        self.tokens, graph = tokens.clone(), torch.cuda.CUDAGraph()
-        filled = self.cache.filled
+    def _record(self, tokens: Tensor) -> Tensor:
+        cache = self.cache
+        if cache.start is None:  # positions are then counted in a tensor
+            cache.start = torch.zeros_like(cache.lengths)
+            _grow_positions(self.model, cache.max_length)
+        self.tokens = tokens.clone()
+        if not tokens.is_cuda:
+            self.may_record = False
+            logits, recording = record(lambda: self._run(self.tokens))
+            self.replay = None if recording is None else recording.run
+            return logits
+        self.eager_steps += 1
+        if self.eager_steps <= 2:  # kernels are compiled and loaded
+            return self._run(tokens)
+        self.may_record = False
+        filled, graph = cache.filled, torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                self.logits = self._run(self.tokens)
-            self.graph = graph
+                logits = self._run(self.tokens)
         except RuntimeError:
-            self.may_capture = False
-        finally:  # recording is not running
-            self.cache.filled = filled
+            cache.filled = filled
+            return self._run(tokens)
+        self.graph = graph
+        graph.replay()
 
-    def _replay(self, tokens: Tensor) -> Tensor:
-        if self.cache.filled >= self.cache.max_length:
-            raise ValueError(f"the cache holds no more than {self.cache.max_length} tokens")
-        self.tokens.copy_(tokens)
-        self.cache.filled += 1
-        self.graph.replay()
-        return self.logits
+        def replay():
+            graph.replay()
+            return logits
+
+        self.replay = replay
+        return logits
 
 
-def _may_capture(cache) -> bool:
-    return (
-        cache.lengths.is_cuda
-        and os.environ.get("FASTTX_CUDA_GRAPH", "1") != "0"
-        and not torch.cuda.is_current_stream_capturing()
-    )
+def _grow_positions(model, length: int) -> None:
+    """A table that grows does so now."""
+    for module in model.modules():
+        if isinstance(module, SinusoidalPositions):
+            module.table(length)

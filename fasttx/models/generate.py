@@ -101,7 +101,7 @@ def generate(
     _check_ids(input_ids, vocabulary)
     _check_mask(input_ids, attention_mask)
     options = options_of(given, defaults, 1 if seq2seq else input_ids.shape[1])
-    _check_tokens(options, vocabulary)
+    _check_tokens(options, pad_token_id, vocabulary)
     if streamer is not None and options.num_beams > 1:
         raise ValueError(
             f"streamer must be None with num_beams {options.num_beams}: a beam may be given up"
@@ -137,7 +137,8 @@ def generate(
 def _tokens(model, cache, prompt, ids, start, options: Options, generator, streamer) -> Tensor:
     B, P = ids.shape
     rules = ScoreRules(options, prompt.shape[1], start)
-    step, N, eos = Decoder(model, cache), options.max_new_tokens, set(options.eos_token_id)
+    N, eos = options.max_new_tokens, set(options.eos_token_id)
+    step = Decoder(model, cache, N - 1)
     known = torch.cat((ids, ids.new_zeros(B, N)), 1)
     draw = {"temperature": 0.0}
     if options.do_sample:
@@ -178,7 +179,7 @@ def _beams(model, cache, prompt, ids, start, options: Options) -> Tensor:
     K, P = options.num_beams, ids.shape[1]
     logits = Decoder(model, cache)(ids).float().repeat_interleave(K, 0)
     cache = cache.repeat(K)
-    decoder = Decoder(model, cache)
+    decoder = Decoder(model, cache, options.max_new_tokens - 1)
 
     def step(tokens: Tensor | None, rows: Tensor | None) -> Tensor:
         if tokens is None:
@@ -284,12 +285,15 @@ def _check_mask(input_ids: Tensor, mask) -> None:
         raise ValueError("attention_mask must hold 0 and 1 alone, got other values")
 
 
-def _check_tokens(options: Options, vocabulary: int) -> None:
-    for name in ("forced_bos_token_id", "forced_eos_token_id", "pad_token_id"):
-        value = getattr(options, name)
-        for token in value if isinstance(value, tuple) else (value,):
-            if token is not None and token >= vocabulary:
-                raise ValueError(f"{name} must be in [0, {vocabulary}), got {token}")
+def _check_tokens(options: Options, pad: int | None, vocabulary: int) -> None:
+    """pad: as given. A model's default may lie outside, as its end token then does."""
+    for name, value in (
+        ("forced_bos_token_id", options.forced_bos_token_id),
+        ("forced_eos_token_id", max(options.forced_eos_token_id, default=None)),
+        ("pad_token_id", pad),
+    ):
+        if value is not None and value >= vocabulary:
+            raise ValueError(f"{name} must be in [0, {vocabulary}), got {value}")
     needed = max(2, 1 + len(options.eos_token_id))
     if options.num_beams > 1 and needed > vocabulary:
         raise ValueError(f"num_beams needs a vocabulary of at least {needed}, got {vocabulary}")
