@@ -329,7 +329,7 @@ setup(
     packages=sorted(PACKAGES),
     package_dir=PACKAGES,
     package_data={
-        "fasttx": ["py.typed", "gpu_runs.json"],
+        "fasttx": ["py.typed", "choices.json", "gpu_runs.json"],
         "fasttx.benchmarks": ["*.html"],
         "fasttx.kernels": ["tuned.json"],
     },

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 
 import torch
 
+from .choice import fastest, promoted
 from .kernel import FLOATS, HALF, Kernel, Needs
 
 __all__ = ["FLOATS", "HALF", "LIB", "OPS", "Kernel", "Needs", "Op", "strict"]
@@ -43,6 +44,7 @@ class Op:
         self.name, self.alloc, self.mutates = alloc.__name__, alloc, mutates
         self.tables: dict[str, list[Kernel]] = {}
         self.direct: dict[str | None, Callable | None] = {}
+        self.promoted: dict[tuple[str, str], list[Kernel]] = {}
         self.backward: Op | None = None
         self.public = self.name.rpartition("_")[0] or self.name
         arguments, _, returns = torch.library.infer_schema(alloc, mutates_args=mutates).rpartition(
@@ -65,7 +67,7 @@ class Op:
 
     def kernels(self, **tables: list[Kernel]) -> None:
         """The ordered tables, one a device type; the first kernel that does not refuse runs."""
-        self.tables, self.direct = tables, {}
+        self.tables, self.direct, self.promoted = tables, {}, {}
 
     def backends(self) -> list[str]:
         return list(dict.fromkeys(k.backend for table in self.tables.values() for k in table))
@@ -96,10 +98,19 @@ class Op:
             self.direct[backend] = kernel.direct(self)
         return outputs
 
+    def table(self, args: tuple) -> list[Kernel]:
+        """The kernels for this device, what was measured to be the fastest for the call first."""
+        device = args[0].device.type
+        table = self.tables.get(device, [])
+        if (best := fastest(self.name, args, self.at)) is None:
+            return table
+        if (device, best) not in self.promoted:
+            self.promoted[device, best] = promoted(table, best)
+        return self.promoted[device, best]
+
     def pick(self, args: tuple, backend: str | None = None) -> Kernel:
         """The kernel that runs this call; NotImplementedError with every reason if none does."""
-        table = self.tables.get(args[0].device.type, ())
-        for kernel in table:
+        for kernel in self.table(args):
             asked = kernel.backend == backend if backend else not kernel.needs.by_name
             if asked and kernel.refuse(args, self.at) is None:
                 if backend is None and kernel.backend == "reference":
@@ -112,7 +123,7 @@ class Op:
 
     def refusals(self, args: tuple) -> list[tuple[Kernel, str | None]]:
         """Every kernel for this device with its reason to refuse the call, or None."""
-        return [(k, k.refuse(args, self.at)) for k in self.tables.get(args[0].device.type, ())]
+        return [(k, k.refuse(args, self.at)) for k in self.table(args)]
 
     def _reasons(self, args: tuple) -> str:
         return "\n".join(f"  {k.backend}: {r or 'supports it'}" for k, r in self.refusals(args))

@@ -30,6 +30,7 @@ from ..op import Op
 from ._checks import check_backend, check_dropout, check_float, seed_tensor
 from .linear import (
     ACTIVATIONS,
+    BACKENDS,
     autocast,
     check_dtypes,
     check_like,
@@ -155,8 +156,8 @@ def ffn(
         recompute: keep only x for the backward, which then computes the hidden layer again.
         seed: the key of the dropout bits, an int or an int64 tensor of one element; None draws it
             from torch's generator.
-        backend: None chooses; "cpu", "cuda", "triton" or "reference" runs that or raises with every
-            kernel's reason.
+        backend: None chooses; "cpu", "cuda", "triton", "torch" (PyTorch's own products, nothing
+            fused) or "reference" runs that or raises with every kernel's reason.
 
     Returns:
         [..., N] in x's dtype, which all tensors share. Under autocast all are cast, as by torch's
@@ -168,7 +169,7 @@ def ffn(
 
     Sources: Hendrycks and Gimpel, arXiv 1606.08415 (gelu); Shazeer, 2002.05202 (gates).
     """
-    check_backend(backend)
+    check_backend(backend, BACKENDS)
     check_float("x", x)
     name = _GATED.get(activation, activation) if w_gate is not None else activation
     if name is None or name not in ACTIVATIONS:

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from ..autograd import differentiable
 from ..op import HALF, Kernel, Needs, Op
+from ._checks import BACKENDS as FUSED
 from ._checks import check_backend, check_float, short
 
 __all__ = ["linear", "linear_bwd", "linear_fwd"]
 
+BACKENDS = (*FUSED, "torch")
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4}
 
 
@@ -57,16 +59,23 @@ INDEX = 2**31 - 1  # coordinates of copies and tiles are 32-bit
 
 def set_kernels(op: Op, room: str, sizes: tuple[str, ...], matrices: dict[str, str]) -> None:
     """The tables of an op whose kernels are called after it in every room. sizes, matrices: what
-    CUDA C++ needs, dimensions that are not empty and how operands lie."""
+    CUDA C++ needs, dimensions that are not empty and how operands lie. "torch" comes first where
+    it was measured to be the fastest (fasttx/choice.py)."""
     triton = f"fasttx.kernels.{room}:{op.name}"
     reference = Kernel(
         "reference", f"fasttx.reference.{room}:{op.name}", Needs(dtypes=None, dtype_of="x")
+    )
+    unfused = Kernel(
+        "torch",
+        f"fasttx.reference.unfused:{op.name}",
+        Needs(dtype_of="x", absent=("seed",) if "seed" in op.at else (), by_name=True),
     )
     interpreted = Needs(dtype_of="x", env=("TRITON_INTERPRET", "1"), by_name=True)
     op.kernels(
         cpu=[
             Kernel("cpu", f"native:{op.name}_cpu", Needs(dtype_of="x")),
             Kernel("triton", triton, interpreted),
+            unfused,
             reference,
         ],
         cuda=[
@@ -82,6 +91,7 @@ def set_kernels(op: Op, room: str, sizes: tuple[str, ...], matrices: dict[str, s
                     sm=80,
                 ),
             ),
+            unfused,
             reference,
         ],
     )
@@ -150,8 +160,8 @@ def linear(
         bias: [N] or None.
         activation: None, "gelu" (erf), "gelu_tanh", "relu" or "silu".
         residual: [..., N] or None, added after the activation.
-        backend: None chooses; "cpu", "cuda", "triton" or "reference" runs that or raises with every
-            kernel's reason.
+        backend: None chooses; "cpu", "cuda", "triton", "torch" (PyTorch's own products, nothing
+            fused) or "reference" runs that or raises with every kernel's reason.
 
     Returns:
         [..., N] in x's dtype, which all tensors share. Under autocast x, weight and bias are cast,
@@ -163,7 +173,7 @@ def linear(
 
     Source of gelu: Hendrycks and Gimpel, arXiv 1606.08415.
     """
-    check_backend(backend)
+    check_backend(backend, BACKENDS)
     check_float("x", x)
     if activation not in ACTIVATIONS:
         raise ValueError(

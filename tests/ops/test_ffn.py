@@ -133,6 +133,25 @@ def test_against_fp64(name: str, dtype: torch.dtype, case: Case):
     assert out.dtype is dtype and out.is_contiguous()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if "seed" not in c.options], ids=lambda c: c.name
+)
+def test_unfused_against_fp64(dtype, case):
+    """backend="torch"; without dropout, whose bits PyTorch does not have."""
+    check(
+        case.function("torch"), case.function(None, compute=torch.float64),
+        case.function(None, compute=dtype), case.inputs(), dtype=dtype,
+        wanted=case.given, layouts=case.layouts,
+    )  # fmt: skip
+
+
+def test_unfused_has_no_dropout():
+    inputs = {n: t.float() for n, t in BY_NAME["everything"].inputs().items()}
+    with pytest.raises(NotImplementedError, match="torch: does not support seed"):
+        BY_NAME["everything"].function("torch")(**inputs)
+
+
 def test_is_torch():
     x, w1, w2 = (torch.randn(s).double() for s in ((4, 9), (30, 9), (7, 30)))
     b1, b2, wg = torch.randn(30).double(), torch.randn(7).double(), torch.randn(30, 9).double()
@@ -359,7 +378,7 @@ BAD = {
     "hidden dropout": (ValueError, r"hidden_dropout_p must be in \[0, 1\), got -0.5", {"hidden_dropout_p": -0.5}),
     "dropout type": (TypeError, r"dropout_p must be in \[0, 1\), got '0'", {"dropout_p": "0"}),
     "seed": (ValueError, "seed must be a 64-bit int.*got 'x'", {"seed": "x", "dropout_p": 0.1}),
-    "backend": (ValueError, "backend must be None or one of cpu, cuda, triton, reference, got 'cudnn'", {"backend": "cudnn"}),
+    "backend": (ValueError, "backend must be None or one of cpu, cuda, triton, reference, torch, got 'cudnn'", {"backend": "cudnn"}),
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from fasttx.reference.linear import linear_math
 from fasttx.testing import check, guarded_outputs, recorded_calls
 from tests.conftest import unusable
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "torch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("x", "weight", "bias", "residual")
 pytestmark = [
@@ -351,7 +351,7 @@ BAD = {
     "residual device": (ValueError, "residual must be on x's device cpu, got meta", {"residual": X[..., :4].to("meta")}),
     "activation": (ValueError, "activation must be None, 'gelu', 'gelu_tanh', 'relu', 'silu', got 'tanh'", {"activation": "tanh"}),
     "activation type": (ValueError, "activation must be None, .*got 1", {"activation": 1}),
-    "backend": (ValueError, "backend must be None or one of cpu, cuda, triton, reference, got 'cudnn'", {"backend": "cudnn"}),
+    "backend": (ValueError, "backend must be None or one of cpu, cuda, triton, reference, torch, got 'cudnn'", {"backend": "cudnn"}),
 }  # fmt: skip
 
 
