@@ -80,6 +80,16 @@ __global__ void __launch_bounds__(256) attention_copy(const __grid_constant__ Co
   store16(c.to + chunk * 8, words);
 }
 
+fasttx_tensor as_copy(fasttx_tensor t, void* to) {
+  const int64_t width = copy_width(t);
+  t.data = to;
+  t.strides[3] = 1;
+  t.strides[2] = width;
+  t.strides[1] = width * t.sizes[2];
+  t.strides[0] = t.strides[1] * t.sizes[1];
+  return plain_strides(t);
+}
+
 // t becomes a copy in the workspace where the kernels need one.
 int make_copy(fasttx_tensor& t, float*& workspace, void* stream) {
   const int64_t floats = copy_floats(t);
@@ -90,12 +100,7 @@ int make_copy(fasttx_tensor& t, float*& workspace, void* stream) {
   const int status = launch(attention_copy, dim3(static_cast<unsigned>((c.chunks + 255) / 256)),
                             256, 0, stream, c);
   workspace += floats;
-  t.data = to;
-  t.strides[3] = 1;
-  t.strides[2] = width;
-  t.strides[1] = width * t.sizes[2];
-  t.strides[0] = t.strides[1] * t.sizes[1];
-  t = plain_strides(t);
+  t = as_copy(t, to);
   return status;
 }
 
@@ -185,6 +190,10 @@ fasttx_tensor* copied(Attention& p, int i) {
   return i == 0 ? &p.a.q : i == 1 ? &p.a.k : i == 2 ? &p.a.v : &p.a.dout;
 }
 
+bool by_hopper(const Attention& p) {
+  return compute_capability() == 90 && !attention_bwd_sm90_refuses(p);
+}
+
 template <class T>
 int start_rows(const Attention& p, void* stream) {
   return launch(attention_rows<T>, dim3(static_cast<unsigned>((row_floats(p) + 3) / 4)), 128, 0,
@@ -196,9 +205,13 @@ int start_rows(const Attention& p, void* stream) {
 
 FASTTX_API int64_t fasttx_cuda_attention_bwd_workspace(const fasttx_attention& given) {
   Attention p = make_backward(given);
-  int64_t floats = 3 * row_array(p) + attention_bwd_sm80_workspace(p);
-  for (int i = 0; i < 4; i++) floats += copy_floats(*copied(p, i));
-  return floats;
+  int64_t floats = 3 * row_array(p);
+  for (int i = 0; i < 4; i++)
+    if (const int64_t copy = copy_floats(*copied(p, i))) {
+      floats += copy;
+      *copied(p, i) = as_copy(*copied(p, i), nullptr);
+    }
+  return floats + (by_hopper(p) ? attention_bwd_sm90_workspace(p) : attention_bwd_sm80_workspace(p));
 }
 
 FASTTX_API int fasttx_cuda_attention_bwd(const fasttx_attention& given, float* workspace,
@@ -215,5 +228,6 @@ FASTTX_API int fasttx_cuda_attention_bwd(const fasttx_attention& given, float* w
   if (row_floats(p))
     status = p.a.q.dtype == FASTTX_BF16 ? start_rows<bf16>(p, stream) : start_rows<f16>(p, stream);
   if (status != cudaSuccess) return status;
-  return attention_bwd_sm80(p, workspace, stream);
+  return by_hopper(p) ? attention_bwd_sm90(p, workspace, stream)
+                      : attention_bwd_sm80(p, workspace, stream);
 }

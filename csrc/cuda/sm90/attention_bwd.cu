@@ -4,11 +4,22 @@
 namespace fasttx {
 namespace {
 
-int width_of(const Attention& p) { return max(p.D, p.Dv) <= 64 ? 64 : 128; }
+int width_of(const Attention& p) { return (p.D > p.Dv ? p.D : p.Dv) <= 64 ? 64 : 128; }
+
+// The call for the kernels of sm_80: gradients that these do not have.
+Attention left_over(const Attention& p) {
+  Attention rest = p;
+  rest.a.need = 0;
+  if (p.mask == MASK_PAIRS) rest.a.need |= p.a.need & 8;
+  if (p.a.table.sizes[0] > BWD_BUCKETS) rest.a.need |= p.a.need & 16;
+  return rest;
+}
 
 // The parts of the workspace; the floats they take.
-int64_t lay_out(AttentionBwd& c, float* workspace) {
-  const Attention& p = c.p;
+int64_t lay_out(AttentionBwd& c, const Attention& given, float* workspace) {
+  c.p = given;
+  Attention& p = c.p;
+  p.a.need &= ~left_over(given).a.need;
   c.rows = width_of(p) == 64 ? BwdTile<64>::ROWS : BwdTile<128>::ROWS;
   c.row_tiles = static_cast<int>(tile_count(p.S, p.sequences, c.rows));
   c.key_tiles = static_cast<int>(tile_count(p.T, p.sequences, BWD_KEYS));
@@ -35,25 +46,21 @@ int64_t lay_out(AttentionBwd& c, float* workspace) {
 
 const char* attention_bwd_sm90_refuses(const Attention& p) {
   const fasttx_attention& a = p.a;
-  if (max(p.D, p.Dv) > 128) return "a head is wider than 128";
+  if (p.D > 128 || p.Dv > 128) return "a head is wider than 128";
   for (const fasttx_tensor* t : {&a.q, &a.k, &a.v, &a.dout})
     if (const char* reason = tma_refuses(*t)) return reason;
-  if ((a.need & 8) && p.mask == MASK_PAIRS) return "the gradient of a mask with a query axis";
-  if ((a.need & 16) && a.table.sizes[0] > BWD_BUCKETS)
-    return "the gradient of a table of more than 256 buckets";
   return nullptr;
 }
 
 int64_t attention_bwd_sm90_workspace(const Attention& p) {
   AttentionBwd c = {};
-  c.p = p;
-  return lay_out(c, nullptr);
+  const Attention rest = left_over(p);
+  return lay_out(c, p, nullptr) + (rest.a.need ? attention_bwd_sm80_workspace(rest) : 0);
 }
 
 int attention_bwd_sm90(const Attention& p, float* workspace, void* stream) {
   AttentionBwd c = {};
-  c.p = p;
-  lay_out(c, workspace);
+  const int64_t used = lay_out(c, p, workspace);
   if (!make_heads_map(&c.q, p.a.q, c.rows) || !make_heads_map(&c.dout, p.a.dout, c.rows) ||
       !make_heads_map(&c.k, p.a.k, BWD_KEYS) || !make_heads_map(&c.v, p.a.v, BWD_KEYS))
     return cudaErrorInvalidValue;
@@ -67,7 +74,11 @@ int attention_bwd_sm90(const Attention& p, float* workspace, void* stream) {
   else
     status = is_bf16 ? attention_bwd_main_128_bf16(c, general, stream)
                      : attention_bwd_main_128_f16(c, general, stream);
-  return status == cudaSuccess ? attention_bwd_finish(c, stream) : status;
+  if (status == cudaSuccess) status = attention_bwd_finish(c, stream);
+  const Attention rest = left_over(p);
+  if (status == cudaSuccess && rest.a.need)
+    status = attention_bwd_sm80(rest, workspace + used, stream);
+  return status;
 }
 
 }  // namespace fasttx
