@@ -118,6 +118,12 @@ class _Loading:
             self.found[plain] = key
 
     def model(self, dtype: torch.dtype | None, device) -> BaseModel:
+        layers = self.config.layers + self.config.decoder_layers
+        if layers > len(self.found):
+            raise CheckpointError(
+                f"{self.weights.folder}: config.json has {layers} layers, more than the weights "
+                f"have tensors ({len(self.found)})"
+            )
         self._settle()
         self._join()
         model = build(self.config, self.head, device="meta", dtype=dtype or self._dtype())
@@ -138,10 +144,8 @@ class _Loading:
         sides = [f"{name}.weight" for name in self.family.separate.values()]
         if not self.config.tied and sides and all(side in self.found for side in sides):
             keys = [self.found[side] for side in sides]
-            if (
-                not self.weights.equal(*keys)
-                or tokens in self.found
-                and not self.weights.equal(keys[0], self.found[tokens])
+            if not self.weights.equal(*keys) or (
+                tokens in self.found and not self.weights.equal(keys[0], self.found[tokens])
             ):
                 self.config = replace(self.config, shared=False)
                 self.found.pop(tokens, None)

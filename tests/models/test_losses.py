@@ -2,6 +2,7 @@
 
 import copy
 import random
+import statistics
 
 import pytest
 import torch
@@ -56,11 +57,8 @@ def gradients(ours) -> dict:
     return found
 
 
-@pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 8))]
-)
-@pytest.mark.parametrize("name", NAMES)
-def test_loss_and_gradients(name, seed, tmp_path):
+def ratio_of_errors(name: str, seed: int, tmp_path) -> float:
+    """Every gradient and the loss are right; the error of all gradients over transformers' own."""
     rng = random.Random(f"losses {name} {seed}")
     theirs, family = model(name, rng)
     config = theirs.config
@@ -109,8 +107,26 @@ def test_loss_and_gradients(name, seed, tmp_path):
         largest = max(rms(g) for g in grads[1].values() if g is not None)
         assert rms(found[key].double() - gold) <= 1e-4 * rms(gold) + 1e-5 * largest, key
     assert {k for k, g in grads[1].items() if g is not None and g.any()} <= found.keys()
-    eps = torch.finfo(torch.float32).eps * max(rms(g) for g in grads[1].values() if g is not None)
-    assert total[0].sqrt() <= 2 * total[1].sqrt() + eps, total
+    return (total[0] / total[1]).sqrt().item()
+
+
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 8))]
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_and_gradients(name, seed, tmp_path):
+    # Over 188 models the error of all gradients was 0.4 to 5.8 times transformers' (relus that
+    # change sides, logits near a tie), the median 1.01.
+    assert ratio_of_errors(name, seed, tmp_path) < 8
+
+
+@pytest.mark.slow
+def test_the_median_error_of_gradients_is_theirs(tmp_path):
+    found = []
+    for i, name in enumerate(NAMES):
+        (tmp_path / str(i)).mkdir()
+        found += [ratio_of_errors(name, seed, tmp_path / str(i)) for seed in (8, 9, 10)]
+    assert statistics.median(found) <= 1.2
 
 
 @pytest.mark.parametrize("problem", ["regression", "multi_label_classification", None])
