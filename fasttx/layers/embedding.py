@@ -1,6 +1,7 @@
 """Embedding, as torch.nn has it, and the first layer of a transformer: tokens, positions, segments,
 norm and dropout."""
 
+import contextlib
 import math
 
 import torch
@@ -72,13 +73,16 @@ class SinusoidalPositions(nn.Module):
         """The table with at least `count` rows; it grows as it must."""
         rows, width = self.weight.shape
         if count > rows:
-            self.weight = sinusoidal_positions(
-                max(count, 2 * rows),
-                width,
-                interleaved=self.interleaved,
-                device=self.weight.device,
-                dtype=self.weight.dtype,
-            )
+            # A tensor of inference mode could not be saved for a backward later.
+            inference = torch.is_inference_mode_enabled()
+            with torch.inference_mode(False) if inference else contextlib.nullcontext():
+                self.weight = sinusoidal_positions(
+                    max(count, 2 * rows),
+                    width,
+                    interleaved=self.interleaved,
+                    device=self.weight.device,
+                    dtype=self.weight.dtype,
+                )
         return self.weight
 
 

@@ -126,9 +126,12 @@ def _bucket_lut(weight: Tensor, bidirectional: bool, max_distance: int) -> Tenso
     key = (count, bidirectional, max_distance, weight.device)
     if plain and key in _luts:
         return _luts[key]
-    lut = torch.tensor(
-        _bucket_values(count, bidirectional, max_distance), dtype=torch.int32, device=weight.device
-    )
+    values = _bucket_values(count, bidirectional, max_distance)
+    if plain:  # kept: a tensor of inference mode could not be saved for a backward later
+        with torch.inference_mode(False):
+            lut = torch.tensor(values, dtype=torch.int32, device=weight.device)
+    else:
+        lut = torch.tensor(values, dtype=torch.int32, device=weight.device)
     if plain and type(lut) is Tensor:
         _luts[key] = lut
     return lut

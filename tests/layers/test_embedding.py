@@ -1,4 +1,4 @@
-"""fasttx.nn.Embedding beside torch's, and TransformerEmbedding beside its formula."""
+"""fnn.Embedding beside torch's, and TransformerEmbedding beside its formula."""
 
 import inspect
 import math
@@ -141,3 +141,13 @@ def test_positions_of_padding_are_robertas():
     )
     places = torch.tensor([[2, 3, 1, 1], [2, 3, 4, 1]])
     torch.testing.assert_close(model(ids), model.tokens(ids) + model.positions.weight[places])
+
+
+def test_sinusoids_that_grew_in_inference_mode_train():
+    positions = fnn.SinusoidalPositions(16, count=8)
+    embedding = fnn.TransformerEmbedding(50, 16, positions=positions)
+    ids = torch.randint(0, 50, (2, 20))
+    with torch.inference_mode():
+        embedding(ids)
+    embedding(ids).sum().backward()
+    assert embedding.tokens.weight.grad is not None

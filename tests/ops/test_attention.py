@@ -345,3 +345,14 @@ def test_inputs_that_need_no_gradient_get_none():
     fasttx.attention(q, k, v, return_lse=True)[1].sum().backward()
     assert q.grad is not None
     assert k.grad is v.grad is None
+
+
+def test_a_bias_first_used_in_inference_mode_trains():
+    """What is kept between calls is no tensor of inference mode."""
+    weight = torch.randn(10, 2, requires_grad=True)
+    q = torch.randn(1, 2, 5, 8, requires_grad=True)
+    bias = fasttx.RelativePositionBias(weight, bidirectional=True, max_distance=37)
+    with torch.inference_mode():
+        fasttx.attention(q, q, q, position_bias=bias)
+    fasttx.attention(q, q, q, position_bias=bias).sum().backward()
+    assert weight.grad is not None
