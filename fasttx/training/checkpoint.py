@@ -51,6 +51,23 @@ def clean(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def alone(folder: Path):
+    """No second process trains into the folder meanwhile; a killed one holds nothing.
+
+    Raises ValueError.
+    """
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process trains into {folder}") from None
+        yield
+
+
 def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensor by name, name by name of a tied one) of the state_dict. Collective under FSDP."""
     tensors, tied, seen = {}, {}, {}

@@ -19,7 +19,7 @@ from .optimizer import learning_rate, make_optimizer
 from .options import ConfigError, TrainOptions
 from .parallel import Group, full
 from .recompute import recomputed
-from .tokenizer import Tokenizer, remember_tokenizer
+from .tokenizer import Tokenizer, check_tokenizer, remember_tokenizer
 
 __all__ = ["Result", "TrainingError", "fit"]
 
@@ -119,15 +119,21 @@ class _Run:
 
     def __call__(self, resume: bool, progress: bool) -> Result:
         options, group = self.options, self.group
+        if self.tokenizer is not None:
+            check_tokenizer(self.model, self.tokenizer)
+            remember_tokenizer(self.model, self.tokenizer)
         check_batch(self.model, self.examples.batch([0, len(self.examples) - 1], 0))
         found = self._checkpoint(resume)
-        if group.leads:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            files.clean(self.saves)
-        files.seed_all(options.seed + group.rank)
-        if self.tokenizer is not None:
-            remember_tokenizer(self.model, self.tokenizer)
-        self.window, mode = Window(), self.model.training
+        with files.alone(self.folder) if group.leads else contextlib.nullcontext():
+            if group.leads:
+                files.clean(self.saves)
+            files.seed_all(options.seed + group.rank)
+            self._prepare_and_train(found, progress)
+            return self._end()
+
+    def _prepare_and_train(self, found: files.Checkpoint | None, progress: bool) -> None:
+        options, group, mode = self.options, self.group, self.model.training
+        self.window = Window()
         self.model.train()
         with contextlib.ExitStack() as during:
             during.callback(self.model.train, mode)
@@ -147,7 +153,6 @@ class _Run:
             if found is not None:
                 self.display.say(f"going on from step {self.step}")
             self._train()
-        return self._end()
 
     def _checkpoint(self, resume: bool) -> files.Checkpoint | None:
         """The newest, held to this run's identity."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..layers import LearnedPositions, RelativeBias
 from .checkpoint import write_whole
 
 __all__ = ["Display", "Log", "plot_losses", "training_flops"]
@@ -42,16 +43,19 @@ def training_flops(model: nn.Module, source: int, target: int, labelled: int) ->
     the encoder's (or decoder-only model's) for `source` tokens, a seq2seq's decoder's for `target`
     tokens, the output layer's for `labelled` ones. Attention's own products are not counted."""
     tables = {
-        p: isinstance(m, nn.Embedding) for m in model.modules() for p in m.parameters(recurse=False)
+        p
+        for m in model.modules()
+        if isinstance(m, (nn.Embedding, LearnedPositions, RelativeBias))
+        for p in m.parameters(recurse=False)
     }
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-    total = 0
-    for name, p in model.named_parameters():
-        if p.dim() != 2:
-            continue
-        if p.shape[0] == vocabulary:
-            total += p.numel() * labelled
-        elif not tables.get(p, False):
+    matrices = [(name, p) for name, p in model.named_parameters() if p.dim() == 2]
+    outputs = [p for _, p in matrices if p.shape[0] == vocabulary]
+    # A table is an output layer where it is tied, so where there is no other.
+    outputs = [p for p in outputs if p not in tables] or outputs
+    total = sum(p.numel() for p in outputs[:1]) * labelled
+    for name, p in matrices:
+        if p not in tables and p.shape[0] != vocabulary:
             total += p.numel() * (target if target and "decoder" in name else source)
     return 6 * total
 

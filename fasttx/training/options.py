@@ -85,6 +85,8 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 wrong.append(f"{name} must be between {low} and {high}, got {value}")
+        if self.patience is not None and not self.evaluate_every:
+            wrong.append("patience needs evaluate_every")
         if self.clip is not None and not 0 < self.clip < math.inf:
             wrong.append(f"clip must be above 0, or null for none, got {self.clip}")
         if not all(0 <= b < 1 for b in self.betas):

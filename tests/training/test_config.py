@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 
 import fasttx
 from fasttx import cli
-from fasttx.training import ConfigError, Tokenizer, train
+from fasttx.training import ConfigError, Examples, Tokenizer, train
 from fasttx.training.config import read_config
 
 from . import corpus
@@ -211,6 +212,22 @@ def test_text_smaller_than_a_batch_and_text_that_is_not_utf8(write, tmp_path, ca
     code, _, errors = run(capsys, path)
     assert code == 2 and "text2.txt is empty" in errors
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_with_its_code_and_a_checkpoint(number, code, write, capsys, monkeypatch):
+    own = Examples.batch
+
+    def batch(self, indices, epochs=0):
+        if len(indices) == 8 and isinstance(indices, list):
+            signal.raise_signal(number)
+        return own(self, indices, epochs)
+
+    monkeypatch.setattr(Examples, "batch", batch)
+    found, _, errors = run(capsys, write())
+    assert found == code and f"{number.name}: saved step 1; go on with --resume" in errors
+    monkeypatch.undo()
+    assert run(capsys, write(), "--resume")[0] == 0
 
 
 def test_a_nan_ends_with_code_1(write, capsys):

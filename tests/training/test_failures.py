@@ -9,6 +9,7 @@ import torch
 
 from fasttx.training import ConfigError, Rows, TrainingError, TrainOptions, fit
 from fasttx.training.checkpoint import checkpoints, load_tensors
+from fasttx.training.tokenizer import remember_tokenizer
 
 from . import corpus, tiny, toy
 from .test_loop import Linear64, files, rows64
@@ -109,6 +110,25 @@ def test_a_folder_with_a_run_is_not_overwritten(tokenizer, tmp_path):
         train(tmp_path, tokenizer)
 
 
+def test_a_folder_that_is_trained_into_is_not_shared(tokenizer, tmp_path):
+    class Twice(Rows):
+        def batch(self, indices, epochs=0):
+            if (tmp_path / "checkpoints").exists():
+                with pytest.raises(ValueError, match="another process trains into"):
+                    fit(Linear64(), rows64(), tmp_path, resume=True, **given)
+            return super().batch(indices, epochs)
+
+    given = {"steps": 3, "batch_size": 8, "save_every": 1}
+    assert fit(Linear64(), Twice(rows64().dataset), tmp_path, **given).steps == 3
+
+
+def test_another_tokenizer_than_the_models_is_refused(tokenizer, tmp_path):
+    model = tiny.model("bert", tokenizer)
+    remember_tokenizer(model, corpus.tokenizer("word", 50))
+    with pytest.raises(ValueError, match="was trained with the tokenizer"):
+        fit(model, toy.examples(tokenizer), tmp_path, steps=1, batch_size=8, tokenizer=tokenizer)
+
+
 def test_a_checkpoint_of_another_config_is_refused(tokenizer, tmp_path):
     train(tmp_path, tokenizer)
     before = files(tmp_path)
@@ -198,7 +218,7 @@ def test_class_labels_are_held_to_the_number_of_classes(tokenizer, tmp_path):
 def test_all_wrong_options_are_named_at_once():
     with pytest.raises(ConfigError) as caught:
         TrainOptions(batch_size=9, micro_batch_size=4, learning_rate=-1.0, clip=0.0, warmup=-2,
-                     betas=(0.9, 1.0), device="tpu", patience=0)  # fmt: skip
+                     betas=(0.9, 1.0), device="tpu", patience=0, evaluate_every=1)  # fmt: skip
     assert len(caught.value.problems) == 8
     with pytest.raises(ConfigError, match="steps or epochs must be given"):
         TrainOptions(steps=3, epochs=2.0)
@@ -210,8 +230,10 @@ def test_all_wrong_options_are_named_at_once():
 
 
 def test_what_else_fit_refuses(tmp_path):
-    with pytest.raises(ValueError, match="patience needs evaluation"):
+    with pytest.raises(ValueError, match="patience needs evaluate_every"):
         fit(Linear64(), rows64(), tmp_path, steps=1, batch_size=8, patience=1)
+    with pytest.raises(ValueError, match="patience needs evaluation"):
+        fit(Linear64(), rows64(), tmp_path, steps=1, batch_size=8, patience=1, evaluate_every=1)
     with pytest.raises(ValueError, match="evaluation has no rows"):
         fit(Linear64(), rows64(), tmp_path, steps=1, batch_size=8, evaluation=Rows([]))
     model = Linear64()

@@ -222,3 +222,18 @@ def test_any_module_with_a_loss_trains(form, tmp_path):
 
     result = fit(Any(), rows64(), tmp_path, epochs=2, batch_size=8)
     assert result.steps == 6 and math.isfinite(result.loss)
+
+
+def test_flops_are_those_of_the_matrices(tokenizer):
+    """Of GPT-2: four maps of the layer for every token, the tied table for labelled ones."""
+    from fasttx.training.monitor import training_flops
+
+    from . import tiny
+
+    gpt2 = tiny.model("gpt2", tokenizer)
+    layer, table = 12 * 32 * 32, tokenizer.vocab_size * 32
+    assert training_flops(gpt2, 100, 0, 90) == 6 * (2 * layer * 100 + table * 90)
+    bert = tiny.model("bert", tokenizer)
+    layer = 4 * 32 * 32 + 2 * 32 * 64
+    expected = 6 * (2 * layer * 100 + 32 * 32 * 100 + table * 15)
+    assert training_flops(bert, 100, 0, 15) == expected
