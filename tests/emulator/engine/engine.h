@@ -145,7 +145,7 @@ uint32_t shared_address(const void* pointer);
 MBarrier& mbarrier(uint32_t address);
 void mbarrier_progress(MBarrier& m);
 
-// Asynchronous work: now, or when nothing else can go on.
+// Asynchronous work: when nothing else can go on, or now: always if eager, sometimes with a seed.
 void land(Action action);
 
 struct Launch {

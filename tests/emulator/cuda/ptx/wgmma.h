@@ -77,6 +77,15 @@ void multiply(const std::vector<Operands>& lanes, bool trans_a, bool trans_b) {
     }
 }
 
+inline void run(std::vector<emulator::Action>& works) {
+  for (auto& work : works) work();
+  works.clear();
+}
+// Does the work of all but `left` groups, in order.
+inline void finish(emulator::Warpgroup& group, size_t left) {
+  for (; group.groups.size() > left; group.groups.pop_front()) run(group.groups.front());
+}
+
 template <class T, int N>
 void issue(const Operands& operands, bool trans_a, bool trans_b) {
   together("wgmma", operands, [&](auto in) {
@@ -90,10 +99,10 @@ void issue(const Operands& operands, bool trans_a, bool trans_b) {
         emulator::fault("wgmma with operands that differ among the warpgroup's threads");
     }
     auto work = [=] { multiply<T, N>(lanes, trans_a, trans_b); };
-    if (emulator::eager())
-      work();
-    else
-      group.open.push_back(work);
+    group.open.push_back(work);
+    if (!emulator::eager() && emulator::random() % 4 != 3) return;
+    finish(group, 0);
+    run(group.open);
   });
 }
 
@@ -112,11 +121,7 @@ inline void wgmma_commit() {
 }
 template <int N>
 void wgmma_wait() {
-  wgmma::together("wgmma.wait_group", 0, [](auto) {
-    auto& groups = wgmma::mine().groups;
-    for (; groups.size() > N; groups.pop_front())
-      for (auto& work : groups.front()) work();
-  });
+  wgmma::together("wgmma.wait_group", 0, [](auto) { wgmma::finish(wgmma::mine(), N); });
 }
 template <int N>
 void wgmma_hold(float (&)[N]) {}
