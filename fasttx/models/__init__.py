@@ -1,7 +1,6 @@
 """Whole models on fasttx.nn: three topologies, the families as data, Hugging Face folders read and
 written. Nothing here imports transformers."""
 
-from .cache import Cache
 from .config import CheckpointError, Config
 from .families import FAMILIES, HEADS
 from .heads import (
@@ -21,7 +20,6 @@ __all__ = [
     "FAMILIES",
     "HEADS",
     "BaseModel",
-    "Cache",
     "CausalLM",
     "CheckpointError",
     "ConditionalGeneration",

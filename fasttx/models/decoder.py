@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from ..layers import KVCache
 from . import parts
-from .cache import Cache
 from .config import Config
 
 __all__ = ["Decoder"]
@@ -57,7 +57,7 @@ class Decoder(nn.Module):
         x = self.stack(x, padding_mask=attention_mask, position_bias=bias, **given)
         return self.dropout(x)
 
-    def new_cache(self, batch: int, length: int, start: Tensor | None = None) -> Cache:
+    def new_cache(self, batch: int, length: int, start: Tensor | None = None) -> KVCache:
         """An empty cache for `batch` sequences of at most `length` tokens. start: int32 [batch],
         how many tokens of padding each begins with; None is none."""
         limit = self.config.limit()
@@ -66,7 +66,7 @@ class Decoder(nn.Module):
                 f"length must be at most {limit}, the positions of the model, got {length}"
             )
         first, weight = self._attention(), self.embedding.tokens.weight
-        return Cache(
+        return KVCache(
             len(self.stack.layers),
             batch,
             first.kv_heads,
@@ -78,7 +78,7 @@ class Decoder(nn.Module):
         )
 
     @torch.no_grad()
-    def decode(self, input_ids: Tensor, cache: Cache) -> Tensor:
+    def decode(self, input_ids: Tensor, cache: KVCache) -> Tensor:
         """The newest S tokens [B,S] to their hidden states [B,S,d_model]; the cache takes their
         keys and values in."""
         parts.check_ids("input_ids", input_ids)

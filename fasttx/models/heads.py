@@ -6,12 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers import LayerNorm, Linear
+from ..layers import KVCache, LayerNorm, Linear
 from ..ops.cross_entropy import cross_entropy
 from ..ops.linear import linear
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from . import families, parts
-from .cache import Cache
 from .config import Config
 from .decoder import Decoder
 from .encoder import Encoder
@@ -184,7 +183,7 @@ class _LanguageModel(BaseModel):
 
     def tokens(self) -> nn.Embedding:
         body = self.transformer
-        return (body.encoder if self.config.topology == "seq2seq" else body).embedding.tokens
+        return (body.decoder if self.config.topology == "seq2seq" else body).embedding.tokens
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [...,d_model] to logits [...,vocab_size]."""
@@ -265,11 +264,11 @@ class CausalLM(_LanguageModel):
         out = self._run(input_ids, attention_mask, given)
         return self._losses(out, labels, logits, 1)
 
-    def new_cache(self, batch: int, length: int, start: Tensor | None = None) -> Cache:
+    def new_cache(self, batch: int, length: int, start: Tensor | None = None) -> KVCache:
         """An empty cache; see Decoder.new_cache."""
         return self.transformer.new_cache(batch, length, start)
 
-    def decode(self, input_ids: Tensor, cache: Cache) -> Tensor:
+    def decode(self, input_ids: Tensor, cache: KVCache) -> Tensor:
         """The newest tokens [B,S] to hidden states [B,S,d_model]; see Decoder.decode."""
         return self.transformer.decode(input_ids, cache)
 
@@ -311,15 +310,15 @@ class ConditionalGeneration(_LanguageModel):
         """The memory [B,T,d_model] of a source [B,T]."""
         return self.transformer.encoder(input_ids, attention_mask)
 
-    def new_cache(self, batch: int, length: int, start: Tensor | None = None) -> Cache:
+    def new_cache(self, batch: int, length: int, start: Tensor | None = None) -> KVCache:
         """An empty cache of the decoder; see Decoder.new_cache."""
         return self.transformer.decoder.new_cache(batch, length, start)
 
-    def start(self, memory: Tensor, attention_mask: Tensor | None, cache: Cache) -> None:
+    def start(self, memory: Tensor, attention_mask: Tensor | None, cache: KVCache) -> None:
         """The memory's keys and values into the cache; attention_mask [B,T]."""
         self.transformer.start(memory, attention_mask, cache)
 
-    def decode(self, input_ids: Tensor, cache: Cache) -> Tensor:
+    def decode(self, input_ids: Tensor, cache: KVCache) -> Tensor:
         """The newest target tokens [B,S] to hidden states; see Decoder.decode."""
         return self.transformer.decoder.decode(input_ids, cache)
 

@@ -140,9 +140,10 @@ class _Loading:
             pooler = unprefixed(rules.get("head.dense", "")) + ".weight"
             self.config = replace(self.config, pooler=pooler in self.found)
         self._labels(rules)
-        output, tokens = output_names(self.family, self.head)
+        output, tokens = output_names(self.family, self.head, self.config.shared)
         sides = [f"{name}.weight" for name in self.family.separate.values()]
-        if not self.config.tied and sides and all(side in self.found for side in sides):
+        separate = self.config.shared and not self.config.tied and sides
+        if separate and all(side in self.found for side in sides):
             keys = [self.found[side] for side in sides]
             if not self.weights.equal(*keys) or (
                 tokens in self.found and not self.weights.equal(keys[0], self.found[tokens])
@@ -166,24 +167,28 @@ class _Loading:
 
     def _sinusoidal(self) -> None:
         """A file may hold the fixed positions, or learned ones in their place."""
-        for side in ("encoder", "decoder"):
-            key = self.found.get(f"{side}.embed_positions.weight")
-            if key is None:
-                continue
+        names = [f"{side}.embed_positions.weight" for side in ("encoder", "decoder")]
+        names = [name for name in names if name in self.found]
+        learned = {}
+        for name in names:
+            key = self.found[name]
             shape, dtype = self.weights.shape(key), self.weights.dtype(key)
             if len(shape) != 2 or shape[1] != self.config.d_model:
                 raise self._disagrees(key, (self.config.max_positions, self.config.d_model))
             values = torch.empty(shape, dtype=dtype)
             self.weights.fill(key, values)
             fixed = sinusoidal_positions(*shape, interleaved=False)
-            if torch.allclose(values.float(), fixed, rtol=0, atol=torch.finfo(dtype).eps * 8):
-                del self.found[f"{side}.embed_positions.weight"]
-            else:
-                self.config = replace(self.config, positions="learned", max_positions=shape[0])
+            close = max(torch.finfo(dtype).eps, 1e-6) * 8
+            if not torch.allclose(values.float(), fixed, rtol=0, atol=close):
+                learned["max_positions"] = shape[0]
+        if learned:
+            self.config = replace(self.config, positions="learned", **learned)
+        else:
+            self.found = {k: v for k, v in self.found.items() if k not in names}
 
     def _join(self) -> None:
         """Weights that stand in a folder under two names become one, under ours."""
-        output, tokens = output_names(self.family, self.head)
+        output, tokens = output_names(self.family, self.head, self.config.shared)
         pairs = dict(self.family.tied)
         if not self.config.shared:
             pairs = {}

@@ -96,7 +96,7 @@ def _tensors(model: BaseModel) -> dict[str, Tensor]:
         for alias, name in family.tied.items():
             if alias.endswith("decoder.bias") and name in tensors:
                 tensors[alias] = tensors[name].clone()
-    if not model.config.shared:
+    if not model.config.shared and model.config.source.get("share_encoder_decoder_embeddings", 1):
         side, shared = (f"{prefix}{n}.weight" for n in ("encoder.embed_tokens", "shared"))
         tensors[shared] = tensors[side].clone()
     return tensors

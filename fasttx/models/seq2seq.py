@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from ..layers import KVCache
 from . import parts
-from .cache import Cache
 from .config import Config
 from .decoder import Decoder
 from .encoder import Encoder
@@ -44,7 +44,7 @@ class Seq2Seq(nn.Module):
         )
         return hidden, memory
 
-    def start(self, memory: Tensor, attention_mask: Tensor | None, cache: Cache) -> None:
+    def start(self, memory: Tensor, attention_mask: Tensor | None, cache: KVCache) -> None:
         """The memory's keys and values of every layer, into the cache: once a generation."""
         with torch.no_grad():
             cache.memory = [layer.cross.project(memory) for layer in self.decoder.stack.layers]

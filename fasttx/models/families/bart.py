@@ -103,13 +103,17 @@ BART = Family(
 
 
 def _marian(c: Reader) -> dict:
-    c.refuse(share_encoder_decoder_embeddings=True)
     vocab = c.size("vocab_size", 58101)
     if c.size("decoder_vocab_size", vocab) != vocab:
         raise c.error("decoder_vocab_size", c.get("decoder_vocab_size", None), f"{vocab}")
     given = {"pad_token_id": 58100, "decoder_start_token_id": 58100, "eos_token_id": 0}
     fields = _bart(Reader({"vocab_size": vocab, **given, **c.values}, c.where))
-    return fields | {"positions": "sinusoidal", "reserved": 0, "embedding_norm": False}
+    return fields | {
+        "positions": "sinusoidal",
+        "reserved": 0,
+        "embedding_norm": False,
+        "shared": c.flag("share_encoder_decoder_embeddings", True),
+    }
 
 
 # The sinusoidal encoder-decoder of the original Transformer, with its norms after each part.

@@ -43,14 +43,19 @@ class PerHead(str):
 
 @dataclass(frozen=True)
 class Family:
-    """config: Reader -> fields of Config. architectures: head -> class in a folder's config;
-    encoders: the same for a seq2seq family's encoder alone. prefix: of the base model's weights;
-    bare: the heads whose folders leave it out. names: see above; heads: the same of each head, the
-    prefix written as {base}. output: the head's weight that may be tied to the token table. tied:
-    another name -> name of the same weights. ignored: endings of names that are no weights;
-    unused: beginnings of names of parts that a head may do without; optional: zero where missing.
-    aliases: other keys of a config. gated: parts of names that differ where a feed-forward layer has
-    a gate, separate: whole names where the sides have token tables of their own.
+    """config: Reader -> fields of Config. aliases: other keys of a config. architectures: head ->
+    class in a folder's config; encoders: the same for a seq2seq family's encoder alone.
+
+    prefix: of the base model's weights; bare: the heads whose folders leave it out. names: see
+    above; heads: the same of each head, the prefix written as {base}. gated: parts of names that
+    differ where a feed-forward layer has a gate; separate: whole names where the sides have token
+    tables of their own. tied: another name -> name of the same weights. ignored: endings of names
+    that are no weights; unused: beginnings of names of parts that a head may do without; optional:
+    zero where missing.
+
+    classifier: what reads a sequence: its first token through a dense layer ("pooled": dropout in
+    front of the last layer, "first": in front of both), its last token ("last"), or the decoder's
+    state at the last end token ("eos").
     """
 
     topology: str
@@ -68,9 +73,6 @@ class Family:
     aliases: dict[str, str] = field(default_factory=dict)
     gated: dict[str, str] = field(default_factory=dict)
     separate: dict[str, str] = field(default_factory=dict)
-    # The classifier of a sequence: of its first token through a dense layer ("pooled": dropout in
-    # front of the last layer, "first": in front of both), of its last token ("last"), or of the
-    # decoder's state at the last end token ("eos").
     classifier: str = "first"
 
 
@@ -85,10 +87,12 @@ def modern(name: str) -> str:
     )
 
 
-def output_names(family: Family, head: str) -> tuple[str | None, str]:
+def output_names(family: Family, head: str, shared: bool) -> tuple[str | None, str]:
     """The names of a language model's output weight, None for another head, and of the tokens."""
     side = "encoder." if family.topology == "seq2seq" else ""
     tokens = f"{family.names[f'{side}embedding.tokens']}.weight"
+    if not shared:
+        tokens = f"{family.separate['decoder.embedding.tokens']}.weight"
     if head not in ("masked_lm", "causal_lm", "conditional_generation"):
         return None, tokens
     return f"{family.heads[head]['head.out']}.weight", tokens
