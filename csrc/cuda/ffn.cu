@@ -103,7 +103,8 @@ void backward(Run& run, const fasttx_ffn& a) {
   if (a.need & 3) g.e.dpre = take_panel(run, s.M, s.F);
   if (gated && a.need & 33) g.e.dgate = take_panel(run, s.M, s.F);
   if (a.need & 8) g.e.h = take_panel(run, s.M, s.F);
-  const int slots = gemm_slots(s.M);
+  choose_tile(g);
+  const int slots = (s.M + 127) / 128 * g.slots;
   if (a.need & 4) g.e.dpre_sums = run.take(int64_t{slots} * s.F);
   if (a.need & 64) g.e.dgate_sums = run.take(int64_t{slots} * s.F);
   const Epilogue e = g.e;

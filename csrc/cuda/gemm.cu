@@ -117,6 +117,8 @@ __global__ void __launch_bounds__(THREADS) parts_sum(const __grid_constant__ Par
     if (i < live) store1(p.out, p.dtype, to + i * p.column, total[i]);
 }
 
+int asked_columns = 0;
+
 bool on_hopper() { return compute_capability() == 90; }
 
 bool runs_along(const fasttx_tensor& t, int dim) {
@@ -154,19 +156,37 @@ Panel take_panel(Run& run, int64_t rows, int64_t columns) {
   return {run.take(rows * row / 2), row, 1, 1};
 }
 
-int gemm_slots(int M) { return (M + 127) / 128 * (on_hopper() ? 4 : 2); }
+FASTTX_API void fasttx_cuda_gemm_columns(int columns) { asked_columns = columns; }
+
+// Not measured yet. Tiles of 256 columns read less, those of 128 hide the epilogue: an activation or
+// dropout outweighs the reading, plain numbers do not.
+void choose_tile(Gemm& g) {
+  g.columns = 128;
+  if (!on_hopper()) {
+    g.slots = 2;
+    return;
+  }
+  const bool light = !g.e.activation && !g.e.backward && !g.e.dropout.threshold;
+  if (asked_columns)
+    g.columns = asked_columns;
+  else if (light && count_tiles(g, 256) >= multiprocessors())
+    g.columns = 256;
+  g.slots = g.columns == 256 ? 8 : 4;
+}
 
 void gemm(Run& run, Gemm g) {
   if (!g.M || !g.N) return;
   if (!g.parts) g.parts = 1, g.part_steps = INT32_MAX;
+  if (!g.columns) choose_tile(g);
   run.then([&] {
     return on_hopper() ? launch_gemm_sm90(g, run.stream) : launch_gemm_sm80(g, run.stream);
   });
 }
 
 void plain_product(Run& run, Gemm g, const Panel& out) {
+  choose_tile(g);
   const int step = on_hopper() ? 64 : 32;
-  const int64_t tiles = int64_t{(g.M + 127) / 128} * ((g.N + 127) / 128);
+  const int64_t tiles = count_tiles(g, g.columns);
   const int steps = g.pairs * ((g.K + step - 1) / step);
   // Where tiles are too few for the card, parts of at least 512 of k.
   const int64_t wanted = tiles ? multiprocessors() / tiles : 1;

@@ -44,8 +44,14 @@ struct Gemm {
   int gated;  // c' = a[0] b[1], beside c = a[0] b[0]
   int pairs;  // 2: c = a[0] b[0] + a[1] b[1]
   int parts, part_steps;  // the sum over k, cut into parts of so many steps
+  int columns, slots;     // of a tile: its columns, and the slots that its rows give
   Epilogue e;
 };
+
+inline int64_t count_tiles(const Gemm& g, int columns) {
+  const int width = g.gated ? columns / 2 : columns;
+  return int64_t{(g.M + 127) / 128} * ((g.N + width - 1) / width);
+}
 
 // What a call of an op has of memory and stream; or, counting, it launches nothing and finds how
 // many floats it would take.
@@ -67,15 +73,16 @@ struct Run {
   }
 };
 
-// A cudaError_t. A tile's rows give 2 and 4 slots of sums, a step is 32 and 64 of k.
+// A cudaError_t. A step is 32 and 64 of k.
 int launch_gemm_sm80(const Gemm& g, void* stream);
 int launch_gemm_sm90(const Gemm& g, void* stream);
 
-// Of the sums over rows, on this card.
-int gemm_slots(int M);
-
+// Sets the tile for this card, when all but what depends on it is there.
+void choose_tile(Gemm& g);
 // The product with its epilogue, on the kernels of this card.
 void gemm(Run& run, Gemm g);
+// Tiles of so many columns from now on (128 or 256), 0: chosen; to test and measure them.
+FASTTX_API void fasttx_cuda_gemm_columns(int columns);
 // out = scale * the sum of a b over the pairs; the epilogue is scale alone.
 void plain_product(Run& run, Gemm g, const Panel& out);
 // out [rows of left, rows of right] = scale left right^T, both summed over `inner`; out of any

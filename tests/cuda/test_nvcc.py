@@ -51,6 +51,7 @@ def test_memory_bound_kernels_leave_room_for_many_threads():
         ("sm80/gemm_bf16.cu", "80", ["mma.sync.aligned.m16n8k16.row.col.f32.bf16", "cp.async.cg"]),
         ("sm80/gemm_f16.cu", "80", ["ldmatrix.sync.aligned.m8n8.x4.trans", "st.global.v4.u32"]),
         ("sm90/gemm_bf16.cu", "90a", ["wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16"]),
+        ("sm90/gemm_f16.cu", "90a", ["wgmma.mma_async.sync.aligned.m64n256k16.f32.f16"]),
         ("sm90/gemm_f16.cu", "90a", ["cp.async.bulk.tensor.2d", "mbarrier.try_wait", "setmaxnreg"]),
     ],
 )

@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(THREADS, 2) gemm(const __grid_constant__ Gemm 
 
   float* strip = reinterpret_cast<float*>(shared + warp * STRIP_BYTES);
   const Key key = load_key(g.e.dropout);
-  const int n = t.n + wn * 32, slot = t.m / SIDE * 2 + wm;
+  const int n = t.n + wn * 32, slot = t.m / SIDE * g.slots + wm;
   Sums sums = {};
 #pragma unroll 1
   for (int s = 0; s < 4; s++) {
@@ -127,9 +127,7 @@ __global__ void __launch_bounds__(THREADS, 2) gemm(const __grid_constant__ Gemm 
 
 template <class T>
 int launch(const Gemm& g, void* stream) {
-  const int width = g.gated ? SIDE / 2 : SIDE;
-  const int64_t blocks =
-      int64_t{(g.M + SIDE - 1) / SIDE} * ((g.N + width - 1) / width) * g.parts;
+  const int64_t blocks = count_tiles(g, SIDE) * g.parts;
   const auto kernel = g.a[0].transposed  ? gemm<T, 1, 1>
                       : g.b[0].transposed ? gemm<T, 0, 1>
                                           : gemm<T, 0, 0>;

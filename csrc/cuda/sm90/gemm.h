@@ -1,6 +1,7 @@
-// The product by TMA and wgmma: tiles of 128 x 128, k by 64 through a ring of six stages. One warp
-// fetches for two warpgroups that take every other tile of their block, so that the epilogue of one
-// runs under the products of the other. The grid stays, tiles come to it.
+// The product by TMA and wgmma: tiles of 128 rows, k by 64 through a ring of stages that one warp
+// fetches for two warpgroups. Tiles of 128 columns: the warpgroups take every other tile of their
+// block, so that the epilogue of one runs under the products of the other. Tiles of 256 columns,
+// which read a quarter less: 64 rows each. The grid stays, tiles come to it.
 #pragma once
 #include "cuda/ptx/barrier.h"
 #include "cuda/ptx/registers.h"
@@ -11,11 +12,18 @@
 namespace fasttx {
 namespace sm90_gemm {
 
-constexpr int SIDE = 128, STEP = 64, STAGES = 6, THREADS = 384;
-constexpr int OPERAND = SIDE * STEP * 2, STAGE = 2 * OPERAND, BOX = SLAB * STEP * 2;
-constexpr int STRIPS = STAGES * STAGE, BARRIERS = STRIPS + 8 * STRIP_BYTES;
-
+constexpr int ROWS = 128, STEP = 64, THREADS = 384, BOX = SLAB * STEP * 2;
+constexpr int RING = 192 << 10, BARRIERS = RING + 8 * STRIP_BYTES;
 constexpr int NO_TENSOR_MAP = 1;  // cudaErrorInvalidValue
+
+template <int COLUMNS>
+struct Shape {
+  static constexpr bool SHARED = COLUMNS == 256;            // the warpgroups share a tile
+  static constexpr int BLOCKS = SHARED ? 1 : 2;             // of 64 rows, a warpgroup's
+  static constexpr int A = ROWS * STEP * 2, STAGE = A + COLUMNS * STEP * 2;
+  static constexpr int STAGES = RING / STAGE;
+  static constexpr size_t BYTES = BARRIERS + 2 * STAGES * 8;
+};
 
 struct Problem {
   Gemm g;
@@ -23,31 +31,30 @@ struct Problem {
   int64_t tiles;
 };
 
-// A tile of an operand is two boxes: rows 0 .. 63 and 64 .. 127, or those columns where transposed.
 template <int TRANSPOSED>
-FASTTX_DEVICE void fetch(uint32_t to, const TensorMap* one, const TensorMap* two, uint32_t full,
-                         int first, int first2, int k) {
-  tma_load(to, one, full, TRANSPOSED ? first : k, TRANSPOSED ? k : first);
-  tma_load(to + BOX, two, full, TRANSPOSED ? first2 : k, TRANSPOSED ? k : first2);
+FASTTX_DEVICE void fetch(uint32_t to, const TensorMap* map, uint32_t full, int outer, int k) {
+  tma_load(to, map, full, TRANSPOSED ? outer : k, TRANSPOSED ? k : outer);
 }
 
-template <int TRANSPOSED>
+// Boxes lie one after the other: rows on rows or, transposed, slabs of columns.
+template <int TRANSPOSED, int OUTER>
 FASTTX_DEVICE uint64_t matrix(uint32_t tile, int outer, int k) {
-  return TRANSPOSED ? along_rows<STEP>(tile, k, outer) : along_columns<SIDE>(tile, outer, k);
+  return TRANSPOSED ? along_rows<STEP>(tile, k, outer) : along_columns<OUTER>(tile, outer, k);
 }
 
-template <class T, int TA, int TB>
+template <class T, int TA, int TB, int COLUMNS>
 __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Problem p) {
+  using S = Shape<COLUMNS>;
   FASTTX_SHARED(shared);
   const Gemm& g = p.g;
   const uint32_t base = shared_address(shared), bars = base + BARRIERS;
   auto full = [&](uint32_t s) { return bars + 8 * s; };
-  auto empty = [&](uint32_t s) { return bars + 8 * (STAGES + s); };
+  auto empty = [&](uint32_t s) { return bars + 8 * (S::STAGES + s); };
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
-    for (int s = 0; s < STAGES; s++) {
+    for (int s = 0; s < S::STAGES; s++) {
       mbarrier_init(full(s), 1);
-      mbarrier_init(empty(s), 4);  // a warp each of the warpgroup whose tile it is
+      mbarrier_init(empty(s), S::SHARED ? 8 : 4);  // the warps whose tile it is
     }
     mbarrier_fence_init();
   }
@@ -59,15 +66,21 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
     if (threadIdx.x != 256) return;
     const int each = (g.K + STEP - 1) / STEP;
     for (int64_t index = blockIdx.x; index < p.tiles; index += gridDim.x) {
-      const Tile t = tile_of<SIDE, SIDE, STEP>(g, index);
+      const Tile t = tile_of<ROWS, COLUMNS, STEP>(g, index);
       for (int step = t.begin; step < t.end; step++, at++) {
-        const uint32_t s = at % STAGES, to = base + s * STAGE;
+        const uint32_t s = at % S::STAGES, a = base + s * S::STAGE, b = a + S::A;
         const int second = step >= each, k = (step - second * each) * STEP;
-        mbarrier_wait(empty(s), (at / STAGES & 1) ^ 1);
-        mbarrier_arrive_expect(full(s), STAGE);
-        fetch<TA>(to, &p.a[second], &p.a[second], full(s), t.m, t.m + SLAB, k);
-        fetch<TB>(to + OPERAND, &p.b[second], &p.b[g.gated ? 1 : second], full(s), t.n,
-                  g.gated ? t.n : t.n + SLAB, k);
+        mbarrier_wait(empty(s), (at / S::STAGES & 1) ^ 1);
+        mbarrier_arrive_expect(full(s), S::STAGE);
+#pragma unroll
+        for (int i = 0; i < ROWS / SLAB; i++)
+          fetch<TA>(a + i * BOX, &p.a[second], full(s), t.m + i * SLAB, k);
+#pragma unroll
+        for (int i = 0; i < COLUMNS / SLAB; i++) {
+          const bool gate = g.gated && i >= COLUMNS / SLAB / 2;
+          fetch<TB>(b + i * BOX, &p.b[gate ? 1 : second], full(s),
+                    t.n + (gate ? i - COLUMNS / SLAB / 2 : i) * SLAB, k);
+        }
       }
     }
     return;
@@ -75,62 +88,66 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
 
   registers_take<240>();
   const Key key = load_key(g.e.dropout);
-  float* strip = reinterpret_cast<float*>(shared + STRIPS + (group * 4 + warp) * STRIP_BYTES);
-  // The products of a tile begin when those of the tile before are all under way: the parity of a
-  // full stage tells only neighbouring rounds of the ring apart.
+  float* strip = reinterpret_cast<float*>(shared + RING + (group * 4 + warp) * STRIP_BYTES);
+  // Of two tiles, the products of the second begin when those of the first are all under way: the
+  // parity of a full stage tells only neighbouring rounds of the ring apart.
   auto order = [](int of) { return 1 + of; };
-  if (group == 1) barrier_arrive(order(0), 256);
+  if (!S::SHARED && group == 1) barrier_arrive(order(0), 256);
   int turn = 0;
   for (int64_t index = blockIdx.x; index < p.tiles; index += gridDim.x, turn ^= 1) {
-    const Tile t = tile_of<SIDE, SIDE, STEP>(g, index);
-    if (turn != group) {
+    const Tile t = tile_of<ROWS, COLUMNS, STEP>(g, index);
+    if (!S::SHARED && turn != group) {
       at += t.end - t.begin;
       continue;
     }
-    float d[2][64];
-    barrier_sync(order(group), 256);
+    const int row = S::SHARED ? group * 64 : 0;
+    float d[S::BLOCKS][COLUMNS / 2];
+    if (!S::SHARED) barrier_sync(order(group), 256);
 #pragma unroll 1
     for (int step = t.begin; step < t.end; step++, at++) {
-      const uint32_t s = at % STAGES, a = base + s * STAGE, b = a + OPERAND;
-      mbarrier_wait(full(s), at / STAGES & 1);
+      const uint32_t s = at % S::STAGES, a = base + s * S::STAGE, b = a + S::A;
+      mbarrier_wait(full(s), at / S::STAGES & 1);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < STEP; k += 16)
 #pragma unroll
-        for (int half = 0; half < 2; half++)
-          Wgmma<T, SIDE>::template ss<TA, TB>(d[half], matrix<TA>(a, half * 64, k),
-                                              matrix<TB>(b, 0, k), step > t.begin || k > 0);
+        for (int i = 0; i < S::BLOCKS; i++)
+          Wgmma<T, COLUMNS>::template ss<TA, TB>(d[i], matrix<TA, ROWS>(a, row + i * 64, k),
+                                                 matrix<TB, COLUMNS>(b, 0, k),
+                                                 step > t.begin || k > 0);
       wgmma_commit();
       if (step > t.begin) {
         wgmma_wait<1>();
-        if (lane == 0) mbarrier_arrive(empty((at - 1) % STAGES));
+        if (lane == 0) mbarrier_arrive(empty((at - 1) % S::STAGES));
       }
     }
-    if (index + gridDim.x < p.tiles) barrier_arrive(order(group ^ 1), 256);
+    if (!S::SHARED && index + gridDim.x < p.tiles) barrier_arrive(order(group ^ 1), 256);
     wgmma_wait<0>();
-    if (lane == 0) mbarrier_arrive(empty((at - 1) % STAGES));
-    wgmma_hold(d[0]);
-    wgmma_hold(d[1]);
+    if (lane == 0) mbarrier_arrive(empty((at - 1) % S::STAGES));
+#pragma unroll
+    for (int i = 0; i < S::BLOCKS; i++) wgmma_hold(d[i]);
 
-    // Columns 32 c .. of both halves of the tile, upper and lower rows.
-#pragma unroll
-    for (int c = 0; c < 2; c++) {
-      Sums sums = {};
+    // Columns 32 c .. of both halves of the tile, of one block of rows after the other.
+    Sums sums = {};
 #pragma unroll 1
-      for (int half = 0; half < 2; half++) {
+    for (int n = 0; n < 4; n++) {
+      const int block = n % S::BLOCKS, column = n / S::BLOCKS * 32;
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-          if (i == half)
-            fill_strip(strip, lane, [&](int f, int e) {
-              return d[i][(f / 4 * (SIDE / 16) + 4 * c + f % 4) * 4 + e];
-            });
-        __syncwarp();
-        finish_strip<T>(g, key, strip, lane, t.part, t.m + half * 64 + warp * 16, t.n + 32 * c,
-                       SIDE / 2, sums);
-        __syncwarp();
+      for (int i = 0; i < 4; i++)
+        if (i == n)
+          fill_strip(strip, lane, [&](int f, int e) {
+            return d[i % S::BLOCKS]
+                    [(f / 4 * (COLUMNS / 16) + i / S::BLOCKS * 4 + f % 4) * 4 + e];
+          });
+      __syncwarp();
+      finish_strip<T>(g, key, strip, lane, t.part, t.m + row + block * 64 + warp * 16,
+                      t.n + column, COLUMNS / 2, sums);
+      __syncwarp();
+      if (block == S::BLOCKS - 1 && (g.e.dpre_sums || g.e.dgate_sums)) {
+        store_sums(g, t.m / ROWS * g.slots + (S::SHARED ? group * 4 : 0) + warp, lane,
+                   t.n + column, COLUMNS / 2, sums);
+        sums = {};
       }
-      if (g.e.dpre_sums || g.e.dgate_sums)
-        store_sums(g, t.m / SIDE * 4 + warp, lane, t.n + 32 * c, SIDE / 2, sums);
     }
   }
 }
@@ -144,23 +161,27 @@ inline bool make_map(TensorMap* map, const Gemm& g, const Operand& from) {
                          sizes, strides, box, Swizzle::bytes128);
 }
 
-template <class T>
+template <class T, int COLUMNS>
 int launch(const Gemm& g, void* stream) {
   Problem p = {};
   p.g = g;
-  const int width = g.gated ? SIDE / 2 : SIDE;
-  p.tiles = int64_t{(g.M + SIDE - 1) / SIDE} * ((g.N + width - 1) / width) * g.parts;
+  p.tiles = count_tiles(g, COLUMNS) * g.parts;
   for (int i = 0; i < 2; i++) {
     const bool has_a = i < g.pairs, has_b = has_a || (i == 1 && g.gated);
     if ((has_a && !make_map(&p.a[i], g, g.a[i])) || (has_b && !make_map(&p.b[i], g, g.b[i])))
       return NO_TENSOR_MAP;
   }
-  const auto kernel = g.a[0].transposed  ? gemm<T, 1, 1>
-                      : g.b[0].transposed ? gemm<T, 0, 1>
-                                          : gemm<T, 0, 0>;
+  const auto kernel = g.a[0].transposed   ? gemm<T, 1, 1, COLUMNS>
+                      : g.b[0].transposed ? gemm<T, 0, 1, COLUMNS>
+                                          : gemm<T, 0, 0, COLUMNS>;
   const int64_t blocks = p.tiles < multiprocessors() ? p.tiles : multiprocessors();
   return fasttx::launch(kernel, dim3(static_cast<unsigned>(blocks)), THREADS,
-                        BARRIERS + 2 * STAGES * 8, stream, p);
+                        Shape<COLUMNS>::BYTES, stream, p);
+}
+
+template <class T>
+int launch(const Gemm& g, void* stream) {
+  return g.columns == 256 ? launch<T, 256>(g, stream) : launch<T, 128>(g, stream);
 }
 
 }  // namespace sm90_gemm
