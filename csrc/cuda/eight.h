@@ -68,6 +68,15 @@ FASTTX_DEVICE void store8(void* data, int dtype, int64_t index, const float (&v)
   }
 }
 
+// Whether eight neighbours along dimension `columns` lie in aligned 16 bytes, wherever they begin
+// in the dimensions before it.
+inline bool by_eight(const fasttx_tensor& t, int columns) {
+  if (!t.data) return true;
+  bool even = t.strides[columns] == 1 && reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
+  for (int d = 0; d < columns; d++) even &= t.sizes[d] == 1 || t.strides[d] % 8 == 0;
+  return even;
+}
+
 // One number, for what is not eight.
 FASTTX_DEVICE float load1(const void* data, int dtype, int64_t index) {
   if (dtype == FASTTX_F32) return load(static_cast<const float*>(data) + index);

@@ -163,14 +163,6 @@ __global__ void __launch_bounds__(THREADS) rope_by_one(const __grid_constant__ R
   }
 }
 
-// Whether eight columns lie in aligned 16 bytes in every head.
-bool by_eight(const fasttx_tensor& t, int columns) {
-  if (!t.data) return true;
-  bool even = t.strides[columns] == 1 && reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
-  for (int i = 0; i < columns; i++) even &= t.sizes[i] == 1 || t.strides[i] % 8 == 0;
-  return even;
-}
-
 template <class T>
 int rotate(Rope p, bool even, void* stream) {
   const int64_t D = p.a.q.sizes[3], R = p.a.rotary;

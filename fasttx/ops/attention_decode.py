@@ -21,7 +21,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..op import Kernel, Needs, Op
+from ..op import HALF, Kernel, Needs, Op
 from ._attention_decode_checks import checked_append, checked_decode
 from ._position_bias import ALiBi, RelativePositionBias
 
@@ -66,7 +66,11 @@ for _op, _of, _sizes in (
             ),
             _reference,
         ],
-        cuda=[Kernel("triton", _triton, Needs(dtype_of=_of, sizes=_sizes, sm=80)), _reference],
+        cuda=[
+            Kernel("triton", _triton, Needs(dtype_of=_of, sizes=_sizes, sm=80)),
+            Kernel("cuda", f"native:{_op.name}_cuda", Needs(HALF, _of, _sizes, sm=80)),
+            _reference,
+        ],
     )
 
 

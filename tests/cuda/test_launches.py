@@ -43,6 +43,19 @@ def embed_odd():
     out.square().sum().backward()
 
 
+def attention_decode():
+    # A relative bias by distance, the splits, their sum.
+    q, k, v = (torch.randn(1, n, t, 16).bfloat16() for n, t in ((2, 1), (1, 900), (1, 900)))
+    bias = fasttx.RelativePositionBias(torch.zeros(8, 2))
+    lengths = torch.tensor([900], dtype=torch.int32)
+    fasttx.attention_decode(q, k, v, lengths, position_bias=bias, backend="cuda")
+
+
+def cache_append():
+    caches, lengths = torch.zeros(2, 1, 2, 9, 16).bfloat16(), torch.tensor([4], dtype=torch.int32)
+    fasttx.cache_append(*caches, Q[:, :, :2], Q[:, :, :2], lengths, backend="cuda")
+
+
 def softmax():
     x, mask = ROWS.clone().requires_grad_(), MASK.clone().requires_grad_()
     fasttx.softmax(x, mask=mask, backend="cuda").square().sum().backward()
@@ -89,6 +102,8 @@ def in_place():
         (ffn, [*["ffn_fwd"] * 2, *["ffn_bwd"] * 8]),
         (embed, ["embed_fwd", *["embed_bwd"] * 11]),
         (embed_odd, ["embed_fwd", *["embed_bwd"] * 11]),
+        (attention_decode, ["attention_decode"] * 3),
+        (cache_append, ["cache_append"]),
         (softmax, ["softmax_fwd", *["softmax_bwd"] * 3]),
         (log_softmax, ["softmax_fwd", *["softmax_bwd"] * 3]),
         (softmax_down_a_column, ["softmax_fwd", "softmax_bwd"]),

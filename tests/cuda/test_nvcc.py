@@ -27,6 +27,7 @@ def test_memory_bound_kernels_leave_room_for_many_threads():
     """Registers of a thread, at most: with them 512 threads and more fit a multiprocessor."""
     resources, _ = everything()
     own = {p.name for p in (ROOT / "csrc/cuda").glob("*.cu")}  # sm80/, sm90/: tensor cores
+    own -= {"attention_decode.cu"}  # and here: sums of 16 rows in registers
     crowded = [r for r in resources if r.source in own and r.registers > 128]
     assert not crowded, "\n".join(map(str, crowded))
     # All shared memory is asked for by the launch.
@@ -47,6 +48,8 @@ def test_memory_bound_kernels_leave_room_for_many_threads():
         ("softmax_bwd.cu", "90a", ["ld.global.L1::no_allocate.v4.u32", "st.global.v4.u32"]),
         ("embed_fwd.cu", "80", ["ld.global.v4.u32", "st.global.v4.u32"]),
         ("embed_tables.cu", "80", ["ld.global.v4.u32", "st.global.v4.u32"]),
+        ("attention_decode.cu", "80", ["mma.sync.aligned.m16n8k16", "ld.global.v4.u32"]),
+        ("cache_append.cu", "80", ["ld.global.L1::no_allocate.v4.u32", "st.global.v4.u32"]),
         ("cross_entropy.cu", "80", ["ld.global.v4.u32", "ex2.approx.ftz.f32"]),
         ("sm80/gemm_bf16.cu", "80", ["mma.sync.aligned.m16n8k16.row.col.f32.bf16", "cp.async.cg"]),
         ("sm80/gemm_f16.cu", "80", ["ldmatrix.sync.aligned.m8n8.x4.trans", "st.global.v4.u32"]),

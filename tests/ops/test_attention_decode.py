@@ -483,7 +483,7 @@ BAD_APPEND = {
     "grad cache": (ValueError, "k_cache must not require grad", {"k_cache": CACHE.clone().requires_grad_()}),
     "grad k": (ValueError, "k must not require grad", {"k": NEW.clone().requires_grad_()}),
     "expanded cache": (ValueError, r"v_cache must have memory of its own for every element, got shape \(2, 2, 20, 8\) with strides", {"v_cache": CACHE[:1].expand(2, -1, -1, -1)}),
-    "backend": (ValueError, "backend must be None or one of", {"backend": "cuda"}),
+    "backend": (ValueError, "backend must be None or one of", {"backend": "torch"}),
 }  # fmt: skip
 
 
