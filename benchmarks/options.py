@@ -10,9 +10,10 @@ import torch
 
 from . import ops, providers
 from .models.families import FAMILIES
+from .models.generate import MODELS as GENERATED
 from .ops.attention_case import DIRECTIONS, DTYPES
 
-MODELS = ("bert", *FAMILIES)
+MODELS = ("bert", *FAMILIES, *GENERATED)
 KINDS = {"op": ops.names(), "model": MODELS}
 MAIN_JOB = (("attention",), ("bert",))
 SUITES = ("quick", "full", "musts")

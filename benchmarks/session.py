@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import limits, machine, memory, ops, providers, report
+from .models import generate
 from .ops import attention, generic
 from .ops.attention_case import DTYPES
 from .options import Options
@@ -83,7 +84,9 @@ class Session:
         if "bert" in self.options.models:
             steps += self._model_steps()
         for name in self.options.models:
-            if name != "bert":
+            if name in generate.MODELS:
+                steps += self._generate_steps(name)
+            elif name != "bert":
                 steps += self._family_steps(name)
         return steps
 
@@ -177,6 +180,26 @@ class Session:
                         )
 
                     title = f"{source.title} {dtype} {direction} {size[0]} x {size[1]}"
+                    steps.append(Step(title, seconds, measure))
+        return steps
+
+    def _generate_steps(self, name: str) -> list[Step]:
+        """A model that generates; those of one dtype live until the next dtype's."""
+        options, holder = self.options, {}
+        seconds = options.budget_s or MODEL_SECONDS[options.suite]
+        steps = []
+        for dtype in options.dtypes:
+            for batch in generate.BATCHES:
+                for threads in self._model_threads():
+
+                    def measure(seconds, on_round, dtype=dtype, batch=batch, threads=threads):
+                        torch.set_num_threads(threads)
+                        if dtype not in holder:
+                            holder.clear()
+                            holder[dtype] = generate.Bench(name, dtype, self.device, self.run)
+                        return holder[dtype].measure(batch, threads, seconds, on_round)
+
+                    title = f"{name} {dtype}, {batch} a batch, {threads} thr."
                     steps.append(Step(title, seconds, measure))
         return steps
 
