@@ -112,7 +112,12 @@ def _summary(needs: Needs) -> tuple[str, str]:
     limits = []
     for key, (low, high) in needs.sizes.items():
         name, _, dim = key.partition(".")
-        limits.append(f"{low} <= {name}.shape[{dim}] <= {high}")
+        if high < 2**31 - 256:
+            limits.append(f"{low} <= {name}.shape[{dim}] <= {high}")
+        elif low:
+            limits.append(f"{low} <= {name}.shape[{dim}]")
+    lie = {"rows": "in rows of 16 bytes", "either": "in rows or columns of 16 bytes"}
+    limits += [f"{name} {lie.get(how, f'as {how}')}" for name, how in needs.matrices.items()]
     limits += [f"no {name}" for name in needs.absent]
     limits += [f"sm_{needs.sm}"] if needs.sm else []
     limits += ["=".join(needs.env)] if needs.env else []

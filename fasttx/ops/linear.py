@@ -54,7 +54,7 @@ def linear_bwd(
 linear_fwd.backward = linear_bwd
 
 
-INDEX = 2**31 - 1  # coordinates of copies and tiles are 32-bit
+INDEX = 2**31 - 256  # coordinates of copies and tiles are 32-bit
 
 
 def set_kernels(op: Op, room: str, sizes: tuple[str, ...], matrices: dict[str, str]) -> None:
