@@ -1,5 +1,6 @@
 """Batches as models take them: their counts, their loss, and what cannot be right in them."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 
 import torch
@@ -7,7 +8,10 @@ from torch import Tensor, nn
 
 from .objectives import IGNORE
 
-__all__ = ["Rows", "check_batch", "is_seq2seq", "labelled", "loss_of", "tokens"]
+__all__ = ["Rows", "check_batch", "is_seq2seq", "labelled", "loss_of", "tokens",
+           "without_dropout"]  # fmt: skip
+
+HEADS = ("fasttx.models.heads", "fasttx.integrations.hf_heads")
 
 
 class Rows:
@@ -70,6 +74,18 @@ def loss_of(output) -> Tensor:
             "output with .loss, or the loss itself"
         )
     return loss.reshape(())
+
+
+@contextlib.contextmanager
+def without_dropout(model: nn.Module):
+    """Evaluation mode; but fasttx's heads, whose own mode decides no more than that, make no logits
+    with the loss as in training."""
+    model.eval()
+    model.training = type(model).__module__ in HEADS
+    try:
+        yield
+    finally:
+        model.train()
 
 
 def check_batch(model: nn.Module, batch: Mapping) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint as files
-from .batches import check_batch, labelled, loss_of, tokens
+from .batches import check_batch, labelled, loss_of, tokens, without_dropout
 from .monitor import Display, Log, Window, plot_losses, training_flops
 from .optimizer import learning_rate, make_optimizer
 from .options import ConfigError, TrainOptions
@@ -282,8 +282,8 @@ class _Run:
         rows = len(self.evaluation)
         starts = list(range(0, rows, self.micro))[: options.evaluation_batches]
         rounds = range(0, len(starts), group.world)
-        self.model.eval()
-        with torch.no_grad(), torch.random.fork_rng():
+        devices = [group.device] if group.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices), without_dropout(self.model):
             for first in rounds:
                 at = first + group.rank
                 start = starts[min(at, len(starts) - 1)]
@@ -293,7 +293,6 @@ class _Run:
                     loss = loss_of(self.wrapped(**batch))
                 if at < len(starts) and (own := labelled(batch)):
                     total, count = total + loss.item() * own, count + own
-        self.model.train()
         total, count = group.sum(total, count)
         if not count or not math.isfinite(total):
             self._fail(f"the evaluation loss is {total if count else 'of no labelled position'}")

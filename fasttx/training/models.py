@@ -1,6 +1,7 @@
 """The model of a config: fasttx's own, or transformers' with fasttx.patch."""
 
 from .objectives import OBJECTIVES, Objective
+from .text import available_memory
 from .tokenizer import Tokenizer, check_tokenizer
 
 __all__ = ["make_model", "model_problems"]
@@ -73,7 +74,23 @@ def _fasttx_problems(section, sizes: dict, head: tuple[str, str]) -> tuple[list[
     except (CheckpointError, ValueError) as error:
         return [f"model: {str(error).removeprefix('model: ')}"], None
     unknown = [k for k in section.sizes if aliases.get(k, k) not in asked.asked]
-    return [f"model.{k} is unknown to {section.family}" for k in unknown], config.limit()
+    wrong = [f"model.{k} is unknown to {section.family}" for k in unknown]
+    width, inner = config.d_model, config.heads * config.head_dim
+    layer = 4 * width * inner + (3 if config.gated else 2) * width * config.d_ff
+    count = config.layers * layer + config.decoder_layers * (layer + 4 * width * inner)
+    count += (config.vocab_size + (config.max_positions or 0)) * width
+    return wrong + _memory_problems(count), config.limit()
+
+
+def _memory_problems(parameters: int) -> list[str]:
+    """Weights, gradients and two moments in float32 must fit."""
+    available = available_memory()
+    if available is None or 16 * parameters <= available:
+        return []
+    return [
+        f"model: about {parameters:.2g} parameters need {16 * parameters / 1e9:,.0f} GB to train, "
+        f"and {available / 1e9:,.0f} GB are available"
+    ]
 
 
 def _transformers_problems(section, sizes, head) -> tuple[list[str], int | None]:
@@ -97,7 +114,9 @@ def _transformers_problems(section, sizes, head) -> tuple[list[str], int | None]
     except Exception as error:  # the configs raise many kinds
         return [f"model: {' '.join(str(error).split())}"], None
     limit = getattr(config, "max_position_embeddings", None)
-    return [], limit - 2 if section.family == "roberta" and limit else limit
+    width, layers = config.hidden_size, config.num_hidden_layers
+    wrong = _memory_problems(12 * layers * width**2 + config.vocab_size * width)
+    return wrong, limit - 2 if section.family == "roberta" and limit else limit
 
 
 def make_model(section, objective: type[Objective], tokenizer: Tokenizer):

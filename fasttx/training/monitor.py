@@ -81,8 +81,8 @@ class Display:
             self.bar = progress.Progress(
                 progress.TextColumn("step {task.completed}/{task.total}"),
                 progress.BarColumn(),
-                progress.TextColumn("{task.fields[words]}"),
                 progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.fields[words]}"),
                 console=self.console,
             )
             self.task = self.bar.add_task("", completed=step, total=steps, words="")

@@ -79,3 +79,23 @@ def test_models_train_and_remember_their_tokenizer(family, head, objective, toke
     batch = examples.batch([0, 1])
     with torch.no_grad():
         assert torch.equal(again(**batch).loss, model.eval()(**batch).loss)
+
+
+@pytest.mark.parametrize("library", ["fasttx", "transformers"])
+def test_evaluation_makes_no_logits_and_no_dropout(library, tokenizer, tmp_path):
+    from . import tiny
+
+    examples = MaskedLM(tokenizer, 32).examples(corpus.stream(tokenizer, 40))
+    model = create("bert", "masked_lm", tokenizer)
+    if library == "transformers":
+        model = tiny.model("bert", tokenizer)
+        fasttx.patch(model)
+    seen = []
+    model.register_forward_hook(lambda m, args, out: seen.append(out))
+    result = fit(model, examples, tmp_path, steps=1, batch_size=8, evaluation=examples,
+                 learning_rate=0.0)  # fmt: skip
+    assert len(seen) > 2 and all(out.logits is None for out in seen)
+    with torch.no_grad():
+        whole = model.eval()(**examples.batch(range(len(examples))))
+    assert whole.logits is not None
+    assert result.evaluation_loss == pytest.approx(whole.loss.item(), rel=1e-5)
