@@ -12,7 +12,8 @@ bool (True visible) or additive (exactly -inf hidden). slopes [B|1,H] and positi
 ALiBi; table [buckets,H] with lut int32 [2M+1] is a relative bias, the bucket of d = j - (i + T - S
 + bias_shift) at lut[clamp(d) + M]. cu_q, cu_k int32 [n+1] bound the packed sequences of B = 1. seed
 int64 [1] is the key of the dropout bits (fasttx/reference/philox.py). need: dq 1, dk 2, dv 4, dmask
-8, dtable 16. Residuals q, k, v, out, lse: any backend's backward follows any backend's forward.
+8, dtable 16; with ORDERED dq has the same bits every time also where a kernel is faster without.
+Residuals q, k, v, out, lse: any backend's backward follows any backend's forward.
 """
 
 import torch
@@ -61,6 +62,7 @@ def _statistics(q: Tensor) -> torch.dtype:
 
 
 attention_fwd.backward = attention_bwd
+ORDERED = 32
 _HEADS = {"q.3": (1, 256), "v.3": (0, 256)}
 _HALF = (torch.bfloat16, torch.float16)
 for _op in (attention_fwd, attention_bwd):
@@ -91,6 +93,8 @@ def _backward(upstream, tensors, rest, outputs, scalars, need, backend):
     (dout, dlse), (q, k, v, mask, table), (out, lse) = upstream, tensors, outputs
     dout = torch.zeros_like(out) if dout is None else dout
     inputs = (q, k, v, out, lse, mask, *rest[:2], table, *rest[2:])
+    if torch.are_deterministic_algorithms_enabled():
+        need |= ORDERED
     return attention_bwd(dout, dlse, *inputs, *scalars, need, backend=backend)
 
 
