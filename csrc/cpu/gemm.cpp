@@ -160,6 +160,8 @@ void product_rows(int32_t dtype, float* c, const Broadcast& a, int64_t i, int64_
 
 int multiply(const Term* terms, int count, int64_t I, int64_t J, Epilogue epilogue, void* context) {
   if (I == 0 || J == 0) return FASTTX_OK;
+  if (count == 1 && I <= FEW_STRETCHES && terms[0].b.row == 1 && terms[0].b.column != 1)
+    return multiply_stretches(terms[0], I, J, epilogue, context);
   int64_t packed = 0, lane_units = 0, K = 0;
   for (int t = 0; t < count; t++) {
     packed += broadcast_floats(terms[t].a, I, terms[t].K);

@@ -72,6 +72,9 @@ struct Term {
   int64_t K;
 };
 int multiply(const Term* terms, int count, int64_t I, int64_t J, Epilogue epilogue, void* context);
+// The same of few rows of a, and of b whose rows lie side by side (b.row == 1).
+constexpr int64_t FEW_STRETCHES = 3;
+int multiply_stretches(const Term& term, int64_t I, int64_t J, Epilogue epilogue, void* context);
 
 // Where a sum over chunks of rows goes: the first chunk starts it, the last one rounds it to `out`.
 // sum: fp32 [I][J] between the two; unused where one chunk is all.
