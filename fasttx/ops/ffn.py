@@ -38,6 +38,7 @@ from .linear import (
     check_weight,
     rows,
     set_kernels,
+    shaped_like,
     wants_gradient,
 )
 
@@ -91,7 +92,7 @@ for _op in (ffn_fwd, ffn_bwd):
 def _forward(tensors, rest, scalars, backend):
     x = tensors[0]
     out, *pres = ffn_fwd(rows(x), *tensors[1:], *rest, *scalars, backend=backend)
-    return out.view(*x.shape[:-1], out.shape[-1]) if x.dim() != 2 else out, *pres
+    return shaped_like(out, x), *pres
 
 
 def _backward(upstream, tensors, rest, outputs, scalars, need, backend):

@@ -106,10 +106,16 @@ def rows(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
+def shaped_like(out: Tensor, x: Tensor) -> Tensor:
+    """[M, N] as [..., N]. No view to autograd, which forbids changing one in place where a Function
+    made it; torch's own linear allows it."""
+    return out if x.dim() == 2 else torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
+
+
 def _forward(tensors, rest, scalars, backend):
     x, weight, bias, residual = tensors
     out, pre = linear_fwd(rows(x), weight, bias, rows(residual), *scalars, backend=backend)
-    return out.view(*x.shape[:-1], out.shape[-1]) if x.dim() != 2 else out, pre
+    return shaped_like(out, x), pre
 
 
 def _backward(upstream, tensors, rest, outputs, scalars, need, backend):

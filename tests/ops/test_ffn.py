@@ -382,6 +382,16 @@ BAD = {
 }  # fmt: skip
 
 
+def test_the_result_may_be_changed_in_place():
+    x = torch.randn(2, 3, 5, requires_grad=True)
+    w1, w2 = torch.randn(7, 5), torch.randn(5, 7)
+    out = fasttx.ffn(x, w1, None, w2, None, activation="relu")
+    expected = torch.autograd.grad(F.linear(F.linear(x, w1).relu(), w2).sum(), x)[0]
+    out += 1
+    out.mul_(2).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * expected)
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name, monkeypatch):
     def ran(self, *args, **kwargs):

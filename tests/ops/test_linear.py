@@ -224,6 +224,14 @@ def test_every_small_size(dtype):
                 assert (got - want).abs().max() <= 2 * unit * want.abs().max() + 2e-5
 
 
+def test_the_result_may_be_changed_in_place():
+    x, weight = torch.randn(2, 3, 5, requires_grad=True), torch.randn(4, 5)
+    out = fasttx.linear(x, weight)
+    out += 1
+    out.mul_(2).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * weight.sum(0).expand_as(x))
+
+
 def test_hundred_thousand_rows():
     """Gradients of parameters summed over chunks of rows are as near to fp64 as of a few."""
     if reason := unusable("linear_fwd", "cpu"):
