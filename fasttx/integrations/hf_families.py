@@ -119,6 +119,8 @@ CLASSES = {
     "llama.modeling_llama.LlamaRMSNorm": "hf_llama",
     "llama.modeling_llama.LlamaMLP": "hf_llama",
     "torch.nn.modules.normalization.LayerNorm": "hf_fused",
+    "torch.nn.modules.linear.Linear": "hf_fused",
+    "transformers.pytorch_utils.Conv1D": "hf_fused",
     **dict.fromkeys(HEADS, "hf_heads"),
 }
 

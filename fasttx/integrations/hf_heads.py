@@ -19,7 +19,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from ..ops.cross_entropy import cross_entropy
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from .hf_families import HEADS, LOGITS, Head
-from .hf_fused import has_hooks, is_plain
+from .hf_fused import LINEARS, has_hooks, is_plain
 
 
 def _make(base: type, head: Head) -> type:
@@ -76,7 +76,7 @@ def _bare(model: nn.Module, path: str) -> bool:
     holders = path.split(".")[:-1]
     around = [model.get_submodule(".".join(holders[: i + 1])) for i in range(len(holders))]
     own = any("forward" in vars(m) or has_hooks(m) for m in around)
-    return is_plain(model.get_submodule(path), nn.Linear) and not own
+    return is_plain(model.get_submodule(path), *LINEARS) and not own
 
 
 def _body(model: nn.Module, given: dict):
