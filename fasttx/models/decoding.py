@@ -10,7 +10,7 @@ from ..layers import SinusoidalPositions
 from .heads import BaseModel
 from .replay import record
 
-__all__ = ["Decoder", "align"]
+__all__ = ["Decoder", "align", "grow_positions"]
 
 # Steps that must be left for a recording, which costs a few of them, to pay.
 WORTH_RECORDING = 8
@@ -74,7 +74,6 @@ class Decoder:
         cache = self.cache
         if cache.start is None:  # positions are then counted in a tensor
             cache.start = torch.zeros_like(cache.lengths)
-            _grow_positions(self.model, cache.max_length)
         self.tokens = tokens.clone()
         if not tokens.is_cuda:
             self.may_record = False
@@ -103,8 +102,9 @@ class Decoder:
         return logits
 
 
-def _grow_positions(model, length: int) -> None:
-    """A table that grows does so now."""
+def grow_positions(model, length: int) -> None:
+    """Tables that grow do so now: neither in a recorded step, nor in inference mode, whose tensors
+    no training could use later."""
     for module in model.modules():
         if isinstance(module, SinusoidalPositions):
             module.table(length)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..ops.sample import sample
 from .beam import beam_search
-from .decoding import Decoder, align
+from .decoding import Decoder, align, grow_positions
 from .generation_options import Options, options_of
 from .scores import ScoreRules
 
@@ -121,6 +121,7 @@ def generate(
     _check_room(model.config.limit(), ids.shape[1], options.max_new_tokens)
     if seq2seq:
         _check_room(model.config.limit(), source.shape[1], 0)
+    grow_positions(model, max(input_ids.shape[1], ids.shape[1] + options.max_new_tokens))
     with _evaluating(model):
         cache = model.new_cache(len(ids), ids.shape[1] + options.max_new_tokens - 1)
         cache.start = start

@@ -255,6 +255,19 @@ def test_the_result_is_a_plain_tensor():
     model(out, labels=out).loss.backward()
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_computed_positions_grow(recorded, monkeypatch):
+    """Past the 512 of a sinusoidal table; and training may use what grew."""
+    if not recorded:
+        monkeypatch.setenv("FASTTX_GRAPH", "0")
+    model, ids = make("marian"), ids_of(1, 4)
+    out = model.generate(ids, max_new_tokens=560, eos_token_id=[], pad_token_id=2)
+    with torch.no_grad():
+        logits = model(ids, decoder_input_ids=out[:, :-1]).logits
+    assert torch.equal(logits.argmax(-1), out[:, 1:])
+    model(ids, decoder_input_ids=out, labels=out).loss.backward()
+
+
 def test_draws():
     """A generator decides; the share of each token is its probability, after the filters."""
     model, ids = make(), ids_of(1, 4)
