@@ -73,8 +73,9 @@ class Kernel:
     needs: Needs = Needs()
     function: Callable | None = None
 
-    def unavailable(self) -> str | None:
-        """Resolve the target on first use; the reason it cannot be had, or None."""
+    def unavailable(self, device: torch.device | None = None) -> str | None:
+        """Resolve the target on first use; the reason it cannot be had, or run on that device, or
+        None."""
         if self.function is None:
             module, _, name = self.target.partition(":")
             if module == "native":
@@ -86,6 +87,9 @@ class Kernel:
                 found = getattr(torch.ops.fasttx_native, name, None)
                 if found is None and name.endswith("_cuda"):
                     return native.why_no_cuda_kernels()
+                on_cuda = device is not None and device.type == "cuda"
+                if on_cuda and (reason := native.why_cuda_kernels_fail(device)):
+                    return reason
                 self.function = found.default
                 return None
             try:
@@ -95,7 +99,9 @@ class Kernel:
         return None
 
     def refuse(self, args: tuple, at: Mapping[str, int]) -> str | None:
-        return self.needs.refuse(args, at) or (None if self.function else self.unavailable())
+        return self.needs.refuse(args, at) or (
+            None if self.function else self.unavailable(args[0].device)
+        )
 
     def direct(self, op) -> Callable | None:
         """The target as native.direct() has it; None where it is not native, or changes its

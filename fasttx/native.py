@@ -126,6 +126,37 @@ def why_no_cuda_kernels() -> str:
     )
 
 
+def why_cuda_kernels_fail(device) -> str | None:
+    """Why the CUDA C++ kernels that were built cannot run on this CUDA device, or None."""
+    import torch
+
+    with torch.cuda.device(device):
+        status, text, built, driver = _probe_cuda()
+    if not status:
+        return None
+    if driver < built:
+        return (
+            f"the NVIDIA driver is too old for the CUDA C++ kernels: it runs CUDA "
+            f"{_version(driver)}, they were built with CUDA {_version(built)}"
+        )
+    return f"the CUDA C++ kernels cannot run on this card: {text}"
+
+
+def _probe_cuda() -> tuple[int, str, int, int]:
+    """(status, its text, CUDA of the build, CUDA of the driver), of the current device."""
+    library = ctypes.CDLL(str(LIBRARY))
+    built, driver = ctypes.c_int(), ctypes.c_int()
+    status = library.fasttx_cuda_probe(ctypes.byref(built), ctypes.byref(driver))
+    library.fasttx_cuda_error_text.restype = ctypes.c_char_p
+    text = library.fasttx_cuda_error_text(status).decode()
+    return status, text, built.value, driver.value
+
+
+def _version(number: int) -> str:
+    """13.0 of CUDA's 13000."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
 def _load() -> str | None:
     if not LIBRARY.is_file():
         return _why_not_built()

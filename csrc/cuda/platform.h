@@ -29,6 +29,13 @@ int launch(void (*kernel)(Arguments), dim3 grid, int threads, size_t shared, voi
                           static_cast<cudaStream_t>(stream));
 }
 
+// Whether the library holds the kernel for the current device: a cudaError_t.
+template <class Arguments>
+int has_image(void (*kernel)(Arguments)) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+}
+
 // Of the current device.
 inline int multiprocessors() {
   int device = 0, count = 0;

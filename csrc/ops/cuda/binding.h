@@ -28,6 +28,8 @@ namespace {
                                               : nullptr);
   }();
   void* stream = nullptr;
+  STD_TORCH_CHECK(find || !t.is_cuda(),
+                  "fasttx: libtorch_cuda has no aoti_torch_get_current_cuda_stream");
   if (find) TORCH_ERROR_CODE_CHECK(find(t.get_device_index(), &stream));
   return stream;
 }

@@ -145,6 +145,10 @@ int launch(void (*kernel)(Arguments), dim3 grid, int threads, size_t shared, voi
   return emulator::run({grid, dim3(threads), shared, emulator::MAX_SHARED},
                        [&] { kernel(arguments); });
 }
+template <class Arguments>
+int has_image(void (*)(Arguments)) {
+  return 0;
+}
 inline int multiprocessors() { return 3; }
 inline int compute_capability() { return emulator::compute_capability; }
 
@@ -153,6 +157,11 @@ inline int compute_capability() { return emulator::compute_capability; }
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
 inline const char* cudaGetErrorString(cudaError_t status) { return emulator::error_text(status); }
+inline cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) { return cudaRuntimeGetVersion(version); }
 inline cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
   return cudaSuccess;
