@@ -64,6 +64,10 @@ RULES = [
             "triton",
         ),
     ),
+    (
+        "fasttx/models",
+        ("fasttx.kernels", "fasttx.reference", "fasttx.integrations", "triton", "transformers"),
+    ),
     ("fasttx/integrations", ("fasttx.kernels", "fasttx.reference", "triton")),
 ]
 

@@ -31,6 +31,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _BLOCK = 4 << 20  # bytes read before they are checked, while they are in the cache
+_TURNED = 64 << 20
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -74,6 +75,11 @@ class Weights:
     def where(self, key: str) -> Path:
         return self._parts[key][0]
 
+    def order(self, key: str) -> tuple:
+        """A key to sort by: as the disk has them."""
+        path, _, _, source = self._parts[key]
+        return str(path), 0 if isinstance(source, Tensor) else source
+
     def fill(self, key: str, out: Tensor) -> None:
         """out, a view of any strides, dtype and device with as many elements in the stored order,
         becomes the tensor. Raises CheckpointError for values that are not finite."""
@@ -88,6 +94,9 @@ class Weights:
             return
         step = max(1, _BLOCK // width)
         direct = rows.is_contiguous() and rows.dtype is dtype and rows.device.type == "cpu"
+        turned = rows.dim() == 2 and not rows.is_contiguous() and rows.t().is_contiguous()
+        if turned and rows.numel() * dtype.itemsize <= _TURNED:
+            step = len(rows)  # torch is fast at turning a whole matrix
         buffer = None
         try:
             with path.open("rb", buffering=0) as file:
@@ -100,7 +109,10 @@ class Weights:
                             buffer = torch.empty(block.shape, dtype=dtype)
                         part = buffer[: len(block)]
                         _read(file, part)
-                        block.copy_(part)
+                        if turned and step == len(rows):
+                            block.t().copy_(part.to(block.dtype).t())
+                        else:
+                            block.copy_(part)
                     self._check_finite(key, block)
         except (OSError, EOFError) as error:
             raise CheckpointError(f"{path}: {key} cannot be read: {error}") from error

@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..ops.embed import sinusoidal_positions
 from . import families
@@ -101,6 +102,21 @@ def _architecture(config: Config, where: str, head: str | None) -> tuple[Config,
     return config, own
 
 
+class _WithoutValues(TorchFunctionMode):
+    """Modules made here get no initial values: on meta tensors torch would import a compiler's
+    worth of code (140 MB) for them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        t = args[0] if args else kwargs.get("tensor")
+        if isinstance(t, Tensor) and t.is_meta:
+            if getattr(func, "__module__", "") == "torch.nn.init":
+                return t
+            if func in (Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_):
+                return t
+        return func(*args, **kwargs)
+
+
 class _Loading:
     """One folder on its way into a model of `head`; the folder's own head is `own`. Names here are
     without the prefix of the base model."""
@@ -126,7 +142,8 @@ class _Loading:
             )
         self._settle()
         self._join()
-        model = build(self.config, self.head, device="meta", dtype=dtype or self._dtype())
+        with _WithoutValues():
+            model = build(self.config, self.head, device="meta", dtype=dtype or self._dtype())
         plan = dict(stored(model))
         self._account(model, plan)
         self._fill(model, plan, torch.device(device or "cpu"))
@@ -260,7 +277,7 @@ class _Loading:
 
     def _fill(self, model: BaseModel, plan: dict, device: torch.device) -> None:
         state, absent = model.state_dict(keep_vars=True), False
-        for name, place in plan.items():
+        for name, place in sorted(plan.items(), key=lambda entry: self._order(entry[1])):
             values = torch.empty(state[name].shape, dtype=state[name].dtype, device=device)
             for plain, view in zip(place.names, place.views(values), strict=True):
                 if plain in self.found:
@@ -277,6 +294,11 @@ class _Loading:
         model.to(device)
         if absent and self.head != self.own and model.head is not None:
             self._begin(model, plan)
+
+    def _order(self, place) -> tuple:
+        """Tensors are read in the order of the disk."""
+        key = self.found.get(place.names[0])
+        return ("", 0) if key is None else self.weights.order(key)
 
     def _begin(self, model: BaseModel, plan: dict) -> None:
         """Initial values for the parts of a new head that the folder does not have."""

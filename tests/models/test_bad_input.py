@@ -128,7 +128,7 @@ def test_wrong_values(key, value, folder):
         ("t5", "relative_attention_max_distance", 3),
         ("bloom", "apply_residual_connection_post_layernorm", True),
         ("bart", "decoder_attention_heads", 11),
-        ("marian", "share_encoder_decoder_embeddings", False),
+        ("marian", "share_encoder_decoder_embeddings", "no"),
         ("marian", "decoder_vocab_size", 12),
     ],
 )
