@@ -8,6 +8,7 @@ _WHERE = {
     "tokenizer": ("Tokenizer", "TokenizerMismatch", "check_tokenizer", "train_tokenizer"),
     "stream": ("TokenStream",),
     "options": ("ConfigError", "TrainOptions"),
+    "pairs": ("Pairs",),
     "batches": ("Rows",),
     "generation": ("generate_text",),
     "run": ("train",),

