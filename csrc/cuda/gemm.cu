@@ -158,8 +158,8 @@ Panel take_panel(Run& run, int64_t rows, int64_t columns) {
 
 FASTTX_API void fasttx_cuda_gemm_columns(int columns) { asked_columns = columns; }
 
-// Not measured yet. Tiles of 256 columns read less, those of 128 hide the epilogue: an activation or
-// dropout outweighs the reading, plain numbers do not.
+// Not measured yet. Tiles of 256 columns read less, those of 128 hide the epilogue: an activation
+// or dropout outweighs the reading, plain numbers do not.
 void choose_tile(Gemm& g) {
   g.columns = 128;
   if (!on_hopper()) {

@@ -7,7 +7,7 @@
 namespace fasttx {
 
 // A matrix [outer, inner], summed over inner. Its memory runs along inner or, transposed, along
-// outer; the other dimension has `stride` elements, a multiple of 8, and data is aligned to 16 bytes.
+// outer; the other dimension's stride is in elements, a multiple of 8; data is aligned to 16 bytes.
 struct Operand {
   const void* data;
   int64_t outer, stride;

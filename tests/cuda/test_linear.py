@@ -151,6 +151,17 @@ def test_traffic(kernel, turned):
         assert seen.shared_conflicts == 0 == traffic().shared_conflicts
 
 
+def test_the_bias_gradient_reads_each_element_once():
+    """And what it has summed of 256 rows in 32 parts."""
+    pre, g = (torch.randn(256, 512).bfloat16() for _ in range(2))
+    x, w = torch.randn(256, 16).bfloat16(), torch.randn(512, 16).bfloat16()
+    traffic()
+    linear_bwd(x, w, pre, g, 1, 4, backend="cuda")
+    seen, partials = traffic(), 32 * 512 * 4
+    assert seen.read == 2 * pre.numel() * 2 + partials
+    assert (seen.written, seen.narrow) == (partials + 512 * 2, partials)
+
+
 REFUSED = {
     "rows apart": ((torch.randn(4, 33), torch.randn(8, 33)), "x of contiguous rows that begin"),
     "columns": ((torch.randn(64, 4).t(), torch.randn(8, 64)), "x of contiguous rows that begin"),

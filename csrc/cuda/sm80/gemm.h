@@ -21,26 +21,41 @@ FASTTX_DEVICE uint32_t at_tile(int outer, int k) {
   return outer * 64 + ((k / 8 ^ (outer >> 1 & 3)) << 4);
 }
 
-// SIDE x STEP of an operand from `first` and k on; the rows from SIDE / 2 on are those of `second`,
-// which begin at first2.
+FASTTX_DEVICE int bytes_of(int count) { return 2 * max(0, min(8, count)); }
+FASTTX_DEVICE void fetch8(uint32_t to, const Operand& from, int64_t at, int bytes) {
+  cp_async_part(to, static_cast<const uint16_t*>(from.data) + at, bytes);
+}
+
+// SIDE x STEP of an operand from `first` and k0 on; the upper half is that of `two` from first2 on.
 template <int TRANSPOSED>
 FASTTX_DEVICE void fetch(uint32_t to, const Operand& one, const Operand& two, int first, int first2,
                          int k0, int K) {
-#pragma unroll
-  for (int i = 0; i < OPERAND / 16 / THREADS; i++) {
-    const int piece = threadIdx.x + i * THREADS;
-    const int outer = TRANSPOSED ? piece % (SIDE / 8) * 8 : piece / (STEP / 8);
-    const int k = TRANSPOSED ? piece / (SIDE / 8) : piece % (STEP / 8) * 8;
-    const bool upper = outer >= SIDE / 2;
+  constexpr int PIECES = OPERAND / 16 / THREADS, HALF = SIDE / 2;
+  if (TRANSPOSED) {
+    const int column = threadIdx.x % (SIDE / 8) * 8, row = threadIdx.x / (SIDE / 8);
+    const bool upper = column >= HALF;
     const Operand& from = upper ? two : one;
-    const int at = upper ? first2 + outer - SIDE / 2 : first + outer;
-    const int across = static_cast<int>(from.outer) - at, along = K - k0 - k;
-    const int valid = TRANSPOSED ? (along > 0 ? across : 0) : (across > 0 ? along : 0);
-    const int bytes = 2 * max(0, min(8, valid));
-    const int64_t offset = TRANSPOSED ? int64_t{k0 + k} * from.stride + at
-                                      : int64_t{at} * from.stride + k0 + k;
-    const uint16_t* data = static_cast<const uint16_t*>(from.data);
-    cp_async_part(to + at_tile<TRANSPOSED>(outer, k), bytes ? data + offset : data, bytes);
+    const int outer = upper ? first2 + column - HALF : first + column;
+    const int bytes = bytes_of(static_cast<int>(from.outer) - outer);
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+      const int k = row + i * (STEP / PIECES);
+      fetch8(to + at_tile<1>(column, k), from, int64_t{k0 + k} * from.stride + outer,
+             k0 + k < K ? bytes : 0);
+    }
+  } else {
+    const int row = threadIdx.x / (STEP / 8), k = threadIdx.x % (STEP / 8) * 8;
+    const int bytes = bytes_of(K - k0 - k);
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+      const bool upper = i >= PIECES / 2;
+      const Operand& from = upper ? two : one;
+      const int in_half = row + i % (PIECES / 2) * (SIDE / PIECES);
+      const int outer = (upper ? first2 : first) + in_half;
+      fetch8(to + at_tile<0>(upper ? HALF + in_half : in_half, k), from,
+             int64_t{outer} * from.stride + k0 + k,
+             outer < static_cast<int>(from.outer) ? bytes : 0);
+    }
   }
 }
 
@@ -128,7 +143,7 @@ __global__ void __launch_bounds__(THREADS, 2) gemm(const __grid_constant__ Gemm 
 template <class T>
 int launch(const Gemm& g, void* stream) {
   const int64_t blocks = count_tiles(g, SIDE) * g.parts;
-  const auto kernel = g.a[0].transposed  ? gemm<T, 1, 1>
+  const auto kernel = g.a[0].transposed   ? gemm<T, 1, 1>
                       : g.b[0].transposed ? gemm<T, 0, 1>
                                           : gemm<T, 0, 0>;
   return fasttx::launch(kernel, dim3(static_cast<unsigned>(blocks)), THREADS, STAGES * STAGE,

@@ -18,8 +18,8 @@ constexpr int NO_TENSOR_MAP = 1;  // cudaErrorInvalidValue
 
 template <int COLUMNS>
 struct Shape {
-  static constexpr bool SHARED = COLUMNS == 256;            // the warpgroups share a tile
-  static constexpr int BLOCKS = SHARED ? 1 : 2;             // of 64 rows, a warpgroup's
+  static constexpr bool SHARED = COLUMNS == 256;  // the warpgroups share a tile
+  static constexpr int BLOCKS = SHARED ? 1 : 2;   // of 64 rows, a warpgroup's
   static constexpr int A = ROWS * STEP * 2, STAGE = A + COLUMNS * STEP * 2;
   static constexpr int STAGES = RING / STAGE;
   static constexpr size_t BYTES = BARRIERS + 2 * STAGES * 8;
@@ -154,7 +154,8 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
 
 // False where the driver refuses.
 inline bool make_map(TensorMap* map, const Gemm& g, const Operand& from) {
-  const uint64_t inner = from.transposed ? from.outer : g.K, outer = from.transposed ? g.K : from.outer;
+  const uint64_t inner = from.transposed ? from.outer : g.K,
+                 outer = from.transposed ? g.K : from.outer;
   const uint64_t sizes[] = {inner, outer}, strides[] = {static_cast<uint64_t>(from.stride) * 2};
   const uint32_t box[] = {SLAB, SLAB};
   return make_tensor_map(map, g.dtype == FASTTX_BF16 ? Element::bf16 : Element::f16, 2, from.data,

@@ -41,8 +41,8 @@ FASTTX_DEVICE void activate(int activation, float (&x)[N], float (&slope)[N]) {
       for (int i = 0; i < N; i++) {
         const float square = x[i] * x[i];
         const float s = sigmoid(1.5957691216057308f * x[i] * (1.0f + 0.044715f * square));
-        if (SLOPE)
-          slope[i] = s + x[i] * s * (1.0f - s) * (1.5957691216057308f * (1.0f + 0.134145f * square));
+        const float rise = 1.5957691216057308f * (1.0f + 0.134145f * square);
+        if (SLOPE) slope[i] = s + x[i] * s * (1.0f - s) * rise;
         x[i] *= s;
       }
       return;

@@ -1,5 +1,7 @@
-// The epilogue of a product. A warp hands over its accumulators by strips of 16 rows x 64 columns in
-// shared memory of its own, so that every lane then has eight neighbouring columns of a row.
+// The epilogue of a product. A warp hands over its accumulators by strips of 16 rows x 64 columns
+// in shared memory of its own, so that every lane then has eight neighbouring columns of a row. A
+// strip is two pieces of 32 columns that lie half a tile apart; of a gated product the second piece
+// is the gate's, of the same columns.
 #pragma once
 #include "cuda/tile/activation.h"
 #include "cuda/tile/panel.h"
@@ -7,22 +9,18 @@
 namespace fasttx {
 
 constexpr int STRIP_ROWS = 16, STRIP_COLUMNS = 64, STRIP_BYTES = STRIP_ROWS * STRIP_COLUMNS * 4;
-constexpr int GROUP_ROWS = 8;  // tiles of rows that go together, so that the cache holds what they read
+// Tiles of rows that go together, so that the cache holds what they read.
+constexpr int GROUP_ROWS = 8;
 
-// A strip is two pieces of 32 columns that lie half a tile apart. Of a gated product the second
-// piece is the gate's, of the same columns.
 struct Tile {
-  int m, n;  // the first row and column
+  int m, n;        // the first row and column
   int begin, end;  // steps of k
   int part;
 };
 
-// The columns of c to a tile of COLUMNS.
-FASTTX_DEVICE int tile_width(const Gemm& g, int columns) { return g.gated ? columns / 2 : columns; }
-
 template <int ROWS, int COLUMNS, int STEP>
 FASTTX_DEVICE Tile tile_of(const Gemm& g, int64_t index) {
-  const int width = tile_width(g, COLUMNS);
+  const int width = g.gated ? COLUMNS / 2 : COLUMNS;
   const int tiles_m = (g.M + ROWS - 1) / ROWS, tiles_n = (g.N + width - 1) / width;
   const int64_t tiles = int64_t{tiles_m} * tiles_n;
   Tile t;
