@@ -44,6 +44,7 @@ LONG = [
     Case("packed", long(S=410, T=410), {"cu_seqlens": torch.tensor([0, 64, 64, 195, 400]), **CAUSAL}),
     Case("packed, 128", long(S=330, T=260, D=128), {"cu_seqlens": (torch.tensor([0, 1, 200, 330]), torch.tensor([0, 130, 130, 260]))}),
     Case("relative", {**long(S=300, T=300), "table": random(32, 2)}, {}, (), relative()),
+    Case("relative and padding", {**long(B=3, S=100, T=400), "table": random(32, 2), "attn_mask": padding(3, 400)}, {}, (), relative()),
     Case("relative, 128", {**long(S=150, D=128), "table": random(32, 2)}, LOWER, (), relative(bidirectional=False)),
     Case("ALiBi, 128", {**long(S=300, T=300, D=128), "slopes": fasttx.ALiBi.standard_slopes(2)}, CAUSAL, (), alibi, ("slopes",)),
     Case("padding", {**long(B=3, S=150, T=300), "attn_mask": padding(3, 300)}),

@@ -31,8 +31,7 @@ enum Variant { PLAIN, BIASED, DROPPED };  // DROPPED: dropout, and perhaps a bia
 template <int D, Variant VARIANT>
 struct Shape {
   static constexpr int GROUPS = 2, KEYS = D > (VARIANT == DROPPED ? 64 : 128) ? 64 : 128;
-  static constexpr int STAGES = 2, GIVE = D > 128 && VARIANT == PLAIN ? 32 : 40;
-  static constexpr int TAKE = GIVE == 32 ? 240 : 232;
+  static constexpr int STAGES = 2, GIVE = 40, TAKE = 232;
 };
 template <>
 struct Shape<64, PLAIN> {
@@ -59,6 +58,8 @@ struct Layout : Shape<D, VARIANT> {
   static constexpr int V_FULL = K_EMPTY + 8 * STAGES, V_EMPTY = V_FULL + 8 * STAGES;
   static constexpr int BYTES = V_EMPTY + 8 * STAGES;
   static_assert(STAGE % 1024 == 0 && BYTES <= 227 << 10);
+  // What the launch gives a block is all there is to take.
+  static_assert(Size::GIVE + GROUPS * Size::TAKE <= 65536 / THREADS / 8 * 8 * (GROUPS + 1));
   // Philox takes longer than the products: nothing is gained where they overlap. A bias beside O of
   // 256 columns has no registers for it.
   static constexpr bool OVERLAP = VARIANT == PLAIN || (VARIANT == BIASED && D <= 128);
@@ -203,16 +204,15 @@ struct Consumer {
   };
 
   // S becomes P, not normalized; decay: what O of the blocks before is worth.
-  FASTTX_DEVICE void softmax(const Place& at, const Limits& see, const Bias& bias, Key key,
-                             int block, float (&s)[KEYS / 2], Rows& rows) {
+  FASTTX_DEVICE void softmax(const Place& at, const Limits& see, const Bias& bias,
+                             const BiasParts& parts, Key key, int block, float (&s)[KEYS / 2],
+                             Rows& rows) {
     const Me me;
     const Attention& p = f.p;
     const int j0 = block * KEYS;
     if constexpr (VARIANT != PLAIN) {
       const auto& tile = reinterpret_cast<const typename L::Tile*>(shared + L::BIAS)[me.group];
-#pragma unroll
-      for (int x = 0; x < KEYS / 2; x++) s[x] = score_of(p, s[x]);
-      add_tile(s, tile, bias, me.row % 64, 2 * me.quad);
+      add_parts(s, tile, parts, bias, me.row % 64, 2 * me.quad);
     }
     if (see.low + 8 > j0 || see.high[0] < j0 + KEYS - 1) {
 #pragma unroll
@@ -268,14 +268,20 @@ struct Consumer {
     for (int x = 0; x < KEYS / 4; x++) p[x / 4][x % 4] = T::pack(s[2 * x], s[2 * x + 1]);
   }
   // While products are under way.
-  FASTTX_DEVICE void stage(const Work& work, const Bias& bias, int block) {
+  FASTTX_DEVICE BiasParts stage(const Place& at, const Bias& bias, int block) {
+    BiasParts parts = {};
     if constexpr (VARIANT != PLAIN) {
       const Me me;
-      meet(me);
-      auto& tile = reinterpret_cast<typename L::Tile*>(shared + L::BIAS)[me.group];
-      stage_tile(tile, bias, work.at, work.at.first + 64 * me.group, block * KEYS, me.thread);
-      meet(me);
+      const int i0 = at.first + 64 * me.group;
+      parts = parts_of<KEYS>(bias, at, i0, block * KEYS);
+      if (parts.keys || parts.distances || f.p.mask == MASK_PAIRS) {
+        auto& tile = reinterpret_cast<typename L::Tile*>(shared + L::BIAS)[me.group];
+        meet(me);
+        stage_parts(tile, parts, bias, at, i0, block * KEYS, me.thread);
+        meet(me);
+      }
     }
+    return parts;
   }
 
   FASTTX_DEVICE void tile(int round, const Work& work, Key key) {
@@ -297,10 +303,10 @@ struct Consumer {
       while (block-- > work.first) {
         wait(L::K_FULL, blocks);
         start_scores(me, s, blocks);
-        stage(work, bias, block);
+        const BiasParts parts = stage(at, bias, block);
         wgmma_wait<0>();
         release(L::K_EMPTY, blocks);
-        softmax(at, see, bias, key, block, s, rows);
+        softmax(at, see, bias, parts, key, block, s, rows);
         rescale(o, rows);
         pack(p, s);
         wait(L::V_FULL, blocks);
@@ -312,10 +318,10 @@ struct Consumer {
     } else if (block-- > work.first) {
       wait(L::K_FULL, blocks);
       start_scores(me, s, blocks);
-      stage(work, bias, block);
+      BiasParts parts = stage(at, bias, block);
       wgmma_wait<0>();
       release(L::K_EMPTY, blocks);
-      softmax(at, see, bias, key, block, s, rows);
+      softmax(at, see, bias, parts, key, block, s, rows);
       pack(p, s);
 #pragma unroll 1
       while (block-- > work.first) {
@@ -325,10 +331,10 @@ struct Consumer {
         wait(L::V_FULL, blocks);
         start_values(o, p, blocks);
         if (L::TURNS) barrier_arrive(L::TURN + Me().next(), 256);
-        stage(work, bias, block);
+        parts = stage(at, bias, block);
         wgmma_wait<1>();
         release(L::K_EMPTY, blocks + 1);
-        softmax(at, see, bias, key, block, s, rows);
+        softmax(at, see, bias, parts, key, block, s, rows);
         wgmma_wait<0>();
         release(L::V_EMPTY, blocks++);
         rescale(o, rows);

@@ -193,6 +193,7 @@ void begin_block(const Launch& launch, dim3 index) {
   block.threads.assign(count, Thread());
   block.warps.assign((count + WARP - 1) / WARP, Meeting());
   block.warpgroups.assign((count + WARPGROUP - 1) / WARPGROUP, Warpgroup());
+  block.registers.assign(block.warps.size(), launched_registers(count));
   block.parts.clear();
   block.mbarriers.clear();
   block.landings.clear();
@@ -299,6 +300,8 @@ void land(Action action) {
   else
     block.landings.push_back(std::move(action));
 }
+
+int launched_registers(int threads) { return std::min(65536 / threads / 8 * 8, 256); }
 
 int run(const Launch& launch, const std::function<void()>& kernel) {
   std::lock_guard<std::mutex> guard(one_launch);

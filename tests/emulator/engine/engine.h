@@ -72,6 +72,7 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<Meeting> warps;
   std::vector<Warpgroup> warpgroups;
+  std::vector<int> registers;  // of a thread, by warps: together what the block was launched with
   std::map<std::pair<int, unsigned>, Meeting> parts;  // lanes of a warp under a partial mask
   Barrier barriers[BARRIERS];
   std::map<uint32_t, MBarrier> mbarriers;  // by shared address
@@ -147,6 +148,9 @@ void mbarrier_progress(MBarrier& m);
 
 // Asynchronous work: when nothing else can go on, or now: always if eager, sometimes with a seed.
 void land(Action action);
+
+// Of a thread, at most, where a block of so many is alone on its multiprocessor.
+int launched_registers(int threads);
 
 struct Launch {
   dim3 grid, block;
