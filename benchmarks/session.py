@@ -161,6 +161,9 @@ class Session:
         options, holder = self.options, {}
         seconds = options.budget_s or MODEL_SECONDS[options.suite]
         compiled = options.suite == "full" or "torch_compile" in options.providers
+        peers = {n: p for n, p in self.providers.items() if hasattr(p, "model_forward")}
+        if options.suite != "full":
+            peers = {n: p for n, p in peers.items() if n in options.providers}
         steps = []
         for dtype in options.dtypes:
             for direction, sizes in source.batches.items():
@@ -173,7 +176,7 @@ class Session:
                         if dtype not in holder:
                             holder.clear()
                             holder[dtype] = families.Bench(
-                                source, dtype, self.device, self.run, compiled
+                                source, dtype, self.device, self.run, compiled, peers
                             )
                         return holder[dtype].measure(
                             direction, size, options.threads[0], seconds, on_round

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 from ..gate import Error, Verdict, judge
 from ..harness import clock_for, interleave
 from ..ops.attention_case import DTYPES
+from ..providers import Skip
 from ..rows import Row, Run, set_ratios
 
 BASE = "sdpa"
@@ -144,8 +145,15 @@ class Bench:
     """One model in one dtype: unpatched, patched, in fp64; compiled too where `compiled`."""
 
     def __init__(
-        self, source: Source, dtype: str, device: torch.device, run: Run, compiled: bool = False
+        self,
+        source: Source,
+        dtype: str,
+        device: torch.device,
+        run: Run,
+        compiled: bool = False,
+        peers: Mapping[str, Any] | None = None,
     ):
+        self.peers = peers or {}
         self.source, self.dtype, self.device, self.run = source, dtype, device, run
         torch_dtype = DTYPES[dtype]
         self.models = {"sdpa": source.make(torch_dtype).to(device)}
@@ -168,21 +176,38 @@ class Bench:
         verdicts = self._judge(direction, size, batch)
         names = [n for n in self.models if direction != "generate" or n != "torch_compile"]
         calls = {n: call(self.models[n], batch, direction) for n in names}
+        if direction == "forward":
+            verdicts = {**verdicts, **self._add_peers(calls, batch, verdicts["sdpa"], threads)}
         timings = interleave(calls, clock_for(self.device, threads), budget_s, on_round=on_round)
         rows = []
         for name, timing in timings.items():
+            label = self.peers[name].LABEL if name in self.peers else LABELS[name]
             row = Row(
                 "model", self.source.name, f"{self.source.title}, {size[0]} x {size[1]}", direction,
-                name, LABELS[name], self.dtype, str(self.device), threads, timing.clock,
+                name, label, self.dtype, str(self.device), threads, timing.clock,
                 {"batch": size[0], "queries": size[1]}, {"kind": self.source.kind},
             )  # fmt: skip
-            row.set_timing(timing, name == "torch_compile")
+            row.set_timing(timing, name == "torch_compile" or name in self.peers)
             row.set_verdict(verdicts[name])
             if direction == "step":
                 row.notes.append("timed with the model's own dropout, checked without it")
             rows.append(row)
         set_ratios(rows, timings, BASE)
         return rows
+
+    def _add_peers(self, calls: dict, batch, plain: Verdict, threads: int) -> dict[str, Verdict]:
+        """Adds the forward calls of other runtimes, and judges their outputs."""
+        given, visible = _given(self.models["sdpa"], batch), batch["attention_mask"].bool()
+        exact, verdicts = answers(self.exact, batch, "forward")["out"], {}
+        for name, peer in self.peers.items():
+            try:
+                calls[name] = peer.model_forward(self.models["sdpa"], given, threads)
+            except Skip as why:
+                self.run.skip(f"{peer.LABEL}: {self.source.name} {self.dtype}", str(why))
+                continue
+            error = Error.between(calls[name]()[visible], exact)
+            verdicts[name] = judge({"out": error}, plain.errors, DTYPES[self.dtype])
+        return verdicts
 
     def _judge(self, direction: str, size, batch) -> dict[str, Verdict]:
         key = direction, size
@@ -254,6 +279,11 @@ def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: t for n, t in batch.items() if n != "labels"}
 
 
+def _given(model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Labels stay where the model needs them to know what its decoder reads."""
+    return batch if getattr(model.config, "is_encoder_decoder", False) else _inputs(batch)
+
+
 def answers(model, batch: dict[str, Tensor], direction: str) -> dict[str, Tensor]:
     """What is compared: outputs at visible positions, for a step all gradients as one vector."""
     model.eval()
@@ -269,8 +299,7 @@ def answers(model, batch: dict[str, Tensor], direction: str) -> dict[str, Tensor
 
 def call(model, batch: dict[str, Tensor], direction: str) -> Callable[[], object]:
     if direction == "forward":
-        # Labels stay where the model needs them to know what its decoder reads.
-        given = batch if getattr(model.config, "is_encoder_decoder", False) else _inputs(batch)
+        given = _given(model, batch)
 
         def forward():
             model.eval()

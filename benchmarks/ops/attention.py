@@ -98,9 +98,12 @@ class Problem:
         return verdict if direction != "forward" else self._forward_only(verdict)
 
     def _judge(self, provider: ModuleType) -> Verdict:
+        forward_only = self.x.q.device.type in getattr(provider, "NO_BACKWARD", ())
+        gradients = self.gradients and not forward_only
         try:
             call, leaves = provider.attention(self.case, self.x, check=True)
-            actual = results(call, leaves, self.x.dout, self.gradients)
+            with torch.set_grad_enabled(gradients):
+                actual = results(call, leaves, self.x.dout, gradients)
         except Skip as skip:
             return unchecked(str(skip))
         return self.answer.judge(actual)
@@ -154,13 +157,19 @@ def timed_call(
     return lambda: torch.autograd.grad(call(), inputs, dout)
 
 
-def refusal(provider: ModuleType, case: Case, direction: str, everything: bool) -> str | None:
+def refusal(
+    provider: ModuleType, case: Case, direction: str, device: torch.device, everything: bool
+) -> str | None:
     """Why a provider sits this case out, or None."""
     if provider.NAME == "eager":
         probabilities = case.batch * case.heads * case.queries * case.keys
         size = probabilities * case.torch_dtype.itemsize * (2 if direction == "forward" else 5)
         if size > EAGER_MAX_BYTES:
             return f"its N x N probabilities would need {size / 2**30:.1f} GiB"
+    if getattr(provider, "EXTRA", False) and not everything:
+        return "with --full, or by name"
+    if direction != "forward" and device.type in getattr(provider, "NO_BACKWARD", ()):
+        return f"it has no backward on {device.type}"
     helped = case.bias == "relative" and direction == "backward"
     if provider.NAME == "torch_compile" and not everything and not helped:
         return COMPILE_HELPS
@@ -182,10 +191,12 @@ def measure(
     rows: list[Row] = []
     calls: dict[str, Call] = {}
     for name, provider in providers.items():
-        why = refusal(provider, case, direction, everything)
+        if not hasattr(provider, "attention"):
+            continue
+        why = refusal(provider, case, direction, device, everything)
         if why is not None:
             run.skip(
-                f"{provider.LABEL}" if why == COMPILE_HELPS else f"{provider.LABEL}: {case.name}",
+                f"{provider.LABEL}: {case.name}" if "need" in why else provider.LABEL,
                 why,
             )
             continue

@@ -162,6 +162,10 @@ def _upstream(outputs, dtype: torch.dtype) -> list[Tensor]:
     return made
 
 
+def _op_of(provider, case: Work) -> Function | None:
+    return provider.op(case) if hasattr(provider, "op") else None
+
+
 def measure(
     problem: Problem,
     direction: str,
@@ -181,6 +185,9 @@ def measure(
         contenders.setdefault("torch_compile", compiled)
         problem.case.contenders["torch_compile"] = compiled
         problem.case.checks.setdefault("torch_compile", case.checks.get("eager", compiled))
+    for name, provider in providers.items():
+        if name not in contenders and (function := _op_of(provider, case)) is not None:
+            contenders[name] = problem.case.contenders[name] = function
     ours = providers.get("fasttx")
     if ours is None or ours.reason() is not None:
         contenders.pop("fasttx", None)
@@ -196,7 +203,8 @@ def measure(
             run.skip(f"{name}: {case.op} {case.case} {case.dtype} {direction}", str(why))
             continue
         row = Row(
-            "op", case.op, f"{case.op} {case.case}", direction, name, LABELS.get(name, name),
+            "op", case.op, f"{case.op} {case.case}", direction, name,
+            LABELS.get(name) or providers[name].LABEL,
             case.dtype, str(device), threads, "", dict(case.shape), dict(case.features),
         )  # fmt: skip
         row.set_verdict(verdict)

@@ -1,9 +1,13 @@
 """Who is measured beside fasttx. A provider is one module here, found by import.
 
 A provider module has ``NAME`` (how rows and ``--provider`` call it), ``LABEL`` (for people),
-``COMPILES`` (its first call compiles), ``reason()`` (None, or why it cannot be used here) and one
-function an op, named after it: ``attention(case, x, check) -> call``. ``call()`` computes the op on
-the tensors of ``x``; it raises :class:`Skip` where the provider does not do such a case.
+``COMPILES`` (its first call compiles), ``reason()`` (None, or why it cannot be used here) and what
+it does: ``attention(case, x, check) -> (call, leaves)``, where ``call()`` computes the op on the
+tensors of ``x``; ``op(case) -> function of the inputs``, or None, for a case of any other op;
+``model_forward(model, batch, threads) -> call`` for a whole model of transformers. They raise
+:class:`Skip` where the provider does not do such a case. A module with several providers lists them
+in ``PROVIDERS``. ``EXTRA``: only with ``--full`` or by name. ``NO_BACKWARD``: the device types on
+which its attention has none.
 """
 
 from __future__ import annotations
@@ -24,4 +28,5 @@ def find() -> dict[str, ModuleType]:
     names = {info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_")}
     ordered = [name for name in ORDER if name in names] + sorted(names - set(ORDER))
     modules = [importlib.import_module(f"{__name__}.{name}") for name in ordered]
-    return {module.NAME: module for module in modules}
+    every = [provider for m in modules for provider in getattr(m, "PROVIDERS", [m])]
+    return {provider.NAME: provider for provider in every}
