@@ -62,7 +62,8 @@ def generate(
         eos_token_id: one or several ids that end a sequence, [] for none; what follows is
             pad_token_id, by default the first eos_token_id.
         decoder_start_token_id: a seq2seq model's first token.
-        min_length, min_new_tokens: no eos_token_id before; with the prompt counted, and without.
+        min_length, min_new_tokens: no eos_token_id before; with the prompt counted, and without,
+            which goes first.
         repetition_penalty, no_repeat_ngram_size, forced_bos_token_id, forced_eos_token_id: as in
             transformers.
         generator: of the draws; None is torch's own.

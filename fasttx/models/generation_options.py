@@ -46,7 +46,7 @@ class Options:
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
     min_length: int = 0
-    min_new_tokens: int = 0
+    min_new_tokens: int | None = None
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     forced_bos_token_id: int | None = None
@@ -110,11 +110,12 @@ def _number(name: str, value, least: float, inclusive: bool = False) -> None:
 
 
 def _check(options: Options) -> None:
+    if options.min_new_tokens is not None:
+        _whole("min_new_tokens", options.min_new_tokens, 0)
     for name, least in (
         ("max_new_tokens", 1),
         ("num_beams", 1),
         ("min_length", 0),
-        ("min_new_tokens", 0),
         ("no_repeat_ngram_size", 0),
     ):
         _whole(name, getattr(options, name), least)

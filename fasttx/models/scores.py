@@ -22,7 +22,9 @@ class ScoreRules:
 
     def __init__(self, options: Options, length: int, start: Tensor | None):
         self.options, self.length, self.start = options, length, start
-        self.least = max(options.min_new_tokens, options.min_length - length)
+        self.least = options.min_new_tokens
+        if self.least is None:
+            self.least = options.min_length - length
 
     def __bool__(self) -> bool:
         o = self.options
