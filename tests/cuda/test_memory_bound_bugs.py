@@ -1,0 +1,142 @@
+"""Bugs planted in the kernels of softmax, embed and attention_decode: every one is caught."""
+# ruff: noqa: E501 (tables, one case a line)
+
+import pytest
+import torch
+
+import fasttx
+from fasttx.ops.embed import embed_bwd, embed_fwd
+from fasttx.testing import guarded_outputs
+
+from .planted import Bug, Planted
+
+pytestmark = pytest.mark.slow
+
+SOFTMAX, MASK, DECODE = "cuda/softmax.h", "cuda/softmax_mask.cu", "cuda/attention_decode.cu"
+TILE = "for (int i = 0; i < 8; i++) scratch[slot * TILE_ROWS + i * 8 + at] = x[i];"
+SUMS = "for (int i = 0; i < 8; i++) scratch[(warp * 8 + i) * 32 + thread] = sums[kind][i];"
+PLACES = "if (threadIdx.x < ROWS) rows[threadIdx.x] = query_of(p, b, g, first_row + threadIdx.x, length);"
+FLAGS = "if (lane == 0) flags[warp] = bad ? 1.0f : 0.0f;"
+PEAK = "if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;"
+BUGS = {
+    "softmax": [
+        Bug("no barrier in a tile", SOFTMAX, f"{TILE}\n  __syncthreads();", TILE),
+        Bug("no barrier before a block's maximum", "cuda/reduce.h", f"{PEAK}\n  __syncthreads();", PEAK),
+        Bug("a warp's maximum for a block's", "cuda/softmax_fwd.cu", "WARP ? warp_max(peak) : block_max(peak, scratch)", "warp_max(peak)"),
+        Bug("a vector too many", "cuda/sweep.h", "(V - lead) / 8", "(V - lead + 7) / 8"),
+        Bug("a column too many", SOFTMAX, "at.i[2] + p.offset + 1", "at.i[2] + p.offset + 2"),
+        Bug("no barrier before the rows' sums", MASK, "__syncthreads();\n  if (warp || n >= plan.columns) return;", "if (warp || n >= plan.columns) return;"),
+        Bug("a part too few", MASK, "part < plan.parts", "part + 1 < plan.parts"),
+    ],
+    "embed": [
+        Bug("a run ends too early", "cuda/embed_tables.cu", "e + k + 1 == CHUNK", "e + k + 2 == CHUNK"),
+        Bug("a piece too few", "cuda/embed_tables.cu", "(lower_bound(p, int64_t{id} + 1) + CHUNK - 1) / CHUNK", "lower_bound(p, int64_t{id} + 1) / CHUNK"),
+        Bug("absent rows left alone", "cuda/embed_tables.cu", "absent = key_at(p, at) != first + lane;", "absent = false;"),
+        Bug("no barrier before the warps' sums", "cuda/embed_bwd.cu", f"{SUMS}\n        __syncthreads();", SUMS),
+        Bug("dropout of the column beside", "cuda/embed.h", "kept >> n % 8 & 1", "kept >> (n + 1) % 8 & 1"),
+    ],
+    "attention_decode": [
+        Bug("no barrier after the queries", DECODE, f"{PLACES}\n  __syncthreads();", PLACES),
+        Bug("no barrier before the statistics", DECODE, f"{FLAGS}\n  __syncthreads();", FLAGS),
+        Bug("sums of the warps at once", DECODE, "w == warp", "true"),
+        Bug("a key twice", DECODE, "min(split * each, count)", "max(0, min(split * each, count) - 1)"),
+        Bug("values of the key beside", DECODE, "2 * part + n % 2 + 8 * (n / 2)", "(2 * part + n % 2 + 8 * (n / 2)) ^ 1"),
+        Bug("a product with what is hidden", DECODE, "p.S > 1", "false"),
+        Bug("a split too few", DECODE, "s + k < p.splits ? load(totals + s + k) : 0.0f", "s + k + 2 < p.splits ? load(totals + s + k) : 0.0f"),
+    ],
+}  # fmt: skip
+SOURCES = {
+    "softmax": ["softmax_fwd.cu", "softmax_bwd.cu", "softmax_mask.cu"],
+    "embed": ["embed_fwd.cu", "embed_bwd.cu", "embed_tables.cu", "rows.cu"],
+    "attention_decode": ["attention_decode.cu", "cache_append.cu"],
+}
+
+
+def softmax(backend):
+    """Rows by a block, odd rows, rows side by side; a mask that all rows share."""
+    found = []
+    generator = torch.Generator().manual_seed(2)
+    for shape, dim, causal in (((2, 1104), -1, False), ((5, 61), -1, False), ((40, 16), 0, False), ((6, 9), -1, True)):  # fmt: skip
+        x = torch.randn(shape, generator=generator).bfloat16()
+        x[0, 3] = 9  # the largest of a row, by far
+        x.requires_grad_()
+        y = fasttx.log_softmax(x, dim=dim, is_causal=causal, backend=backend)
+        g = torch.randn(shape, generator=generator).bfloat16()
+        found += [y, *torch.autograd.grad(y, x, g)]
+    x = torch.randn(100, 24, generator=generator).bfloat16()
+    mask = torch.zeros(24, requires_grad=True)
+    y = fasttx.log_softmax(x, mask=mask, backend=backend)
+    return [*found, *torch.autograd.grad(y[:, ::2].sum(), mask)]
+
+
+def embed(backend):
+    """Ids in runs that begin and end within 32 and beyond, a norm, dropout; odd columns."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.tensor([[1] * 70 + [4] * 20 + [7] * 40])
+    ids = ids[:, torch.randperm(130, generator=generator)]
+    found, seed = [], torch.tensor([5])
+    for N in (16, 13):
+        w = torch.randn(9, N, generator=generator).bfloat16()
+        scale, g = torch.randn(2, 130, N, generator=generator).bfloat16()
+        tables, rest = (w, None, None, scale[0], scale[1]), (ids, None, None, seed, 0, -1, -1, 1)
+        out, stats = embed_fwd(*tables, *rest, 1.0, 1e-5, 0.3, False, backend=backend)
+        found += [out, *embed_bwd(*tables, stats, g[None], *rest, 1.0, 0.3, 25, backend=backend)]
+    return found
+
+
+def attention_decode(backend):
+    """Several splits, two queries, with NaN in what the second alone sees."""
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = (
+        torch.randn(1, n, t, 32, generator=generator).bfloat16()
+        for n, t in ((2, 2), (1, 700), (1, 700))
+    )
+    v[0, 0, 191::192] = v[0, 0, 192::192] = 200  # where a range of keys ends or begins
+    lengths = torch.tensor([700], dtype=torch.int32)
+    clean = fasttx.attention_decode(q, k, v, lengths, scale=0.5, backend=backend)
+    v[0, 0, 699] = torch.nan
+    hidden = fasttx.attention_decode(q, k, v, lengths, scale=0.5, backend=backend)
+    return [clean, hidden[:, :, :1]]
+
+
+CALLS = {"softmax": softmax, "embed": embed, "attention_decode": attention_decode}
+
+
+@pytest.fixture(scope="module")
+def planted():
+    made = {}
+
+    def make(op: str) -> Planted:
+        if op not in made:
+            sources = [f"cuda/{s}" for s in (*SOURCES[op], "device.cu")]
+            made[op] = Planted(op, [*sources, f"ops/cuda/{op}.cpp"], BUGS[op])
+        return made[op]
+
+    return make
+
+
+def wrong(kernels: Planted, op: str, bug: str | None) -> bool:
+    """Whether some schedule shows it: a fault, a write outside, or a result that is not right."""
+    expected = [t.detach() for t in CALLS[op]("reference")]
+    for eager, seed in ((False, 0), (True, 1), (False, 2), (True, 3)):
+        try:
+            with kernels.bug(bug, 80, eager, seed), guarded_outputs():
+                got = [t.detach() for t in CALLS[op]("cuda")]
+        except (RuntimeError, AssertionError):
+            return True
+        for ours, theirs in zip(got, expected, strict=True):
+            if not torch.allclose(ours.double(), theirs.double(), atol=6e-2, rtol=2e-2):
+                return True
+    return False
+
+
+@pytest.mark.parametrize("op", BUGS)
+def test_without_a_bug_all_is_well(planted, op):
+    assert not wrong(planted(op), op, None)
+
+
+@pytest.mark.parametrize(
+    ("op", "bug"), [(o, b.name) for o, bugs in BUGS.items() for b in bugs], ids=str
+)
+def test_a_planted_bug_is_caught(planted, op, bug):
+    assert wrong(planted(op), op, bug)
