@@ -1,5 +1,6 @@
 """The command `fasttx train`."""
 
+import os
 import sys
 from typing import Annotated
 
@@ -44,6 +45,8 @@ def train(
     if result.stopped in SIGNALS:
         _say(f"{result.stopped}: saved step {result.steps}; go on with --resume")
         raise typer.Exit(SIGNALS[result.stopped])
+    if int(os.environ.get("RANK", 0)):  # one of torchrun's processes speaks
+        return
     lowest = result.best_loss
     held = "" if lowest is None else f", evaluation loss {lowest:.4f} at step {result.best_step}"
     print(f"{folder / 'model'}: {result.steps} steps, loss {result.loss:.4f}{held}")

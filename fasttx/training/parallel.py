@@ -93,6 +93,11 @@ class Group:
         torch.distributed.all_reduce(total)
         return total.tolist()
 
+    def wait(self) -> None:
+        """For every process to come here."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
     def gather(self, value: dict[str, Tensor]) -> dict[str, Tensor]:
         """Every process's tensors, the names with the rank before them."""
         found = [value]

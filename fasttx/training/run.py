@@ -10,6 +10,7 @@ from .config import Config, read_config
 from .loop import Result, fit
 from .models import make_model
 from .objectives import CausalLM, SpanCorruption
+from .parallel import Group
 from .stream import TokenStream
 from .text import read_documents
 from .tokenizer import Tokenizer, train_tokenizer
@@ -39,8 +40,15 @@ def train(
         raise ValueError(
             f"{config.output} holds a run: go on with --resume, or choose another output"
         )
+    with Group(config.training.device, config.training.parallel) as group:
+        if group.leads:
+            _tokenizer(config, resume)
+        group.wait()
+        return _train(config, _tokenizer(config, True), resume, progress)
+
+
+def _train(config: Config, tokenizer: Tokenizer, resume: bool, progress: bool) -> Result:
     cls, options = config.objective
-    tokenizer = _tokenizer(config, resume)
     if cls is CausalLM and config.model.library == "fasttx":
         options = {"layout": "flat"} | options
     objective = cls(tokenizer, **options)

@@ -8,21 +8,28 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from . import corpus
 from .parallel_run import run
+from .test_config import CONFIG
 from .test_loop import files, log
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def torchrun(folder, **options) -> list:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               "-m", "tests.training.parallel_run", str(folder), json.dumps(options)]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+def start(*args) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*command, "-m", *args], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def torchrun(folder, **options) -> list:
+    start("tests.training.parallel_run", str(folder), json.dumps(options))
     ranks = [json.loads((folder / f"rank{r}.json").read_text()) for r in (0, 1)]
     assert ranks[0] == ranks[1]
     return ranks[0]
@@ -53,3 +60,13 @@ def test_two_processes_go_on_bit_for_bit(parallel, tmp_path):
     torchrun(tmp_path / "again", parallel=parallel, dropout=0.1, resume=True)
     assert files(tmp_path / "again") == files(tmp_path / "whole")
     assert log(tmp_path / "again") == log(tmp_path / "whole")
+
+
+def test_the_command_runs_under_torchrun(tmp_path):
+    """One process trains the tokenizer, whose ties may fall otherwise in another."""
+    (tmp_path / "text.txt").write_text("\n".join(corpus.documents(120)))
+    given = CONFIG | {"tokenizer": {"kind": "wordpiece", "vocab_size": 300}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(given))
+    done = start("fasttx.cli", "train", str(tmp_path / "config.yaml"))
+    assert done.stdout.count("run/model: 6 steps") == 1
+    assert (tmp_path / "run/model/tokenizer.json").is_file()
