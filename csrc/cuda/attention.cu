@@ -104,8 +104,8 @@ int make_copy(fasttx_tensor& t, float*& workspace, void* stream) {
   return status;
 }
 
-// A row with a key has its log-sum-exp rounded at its own size, which is too coarse beyond this: such
-// rows get the sum anew, as two numbers.
+// A row with a key has its log-sum-exp rounded at its own size, which is too coarse beyond this:
+// such rows get the sum anew, as two numbers.
 constexpr float FAR = 1000.0f;
 
 // One warp a row: the row's statistics for the backward.
@@ -211,7 +211,8 @@ FASTTX_API int64_t fasttx_cuda_attention_bwd_workspace(const fasttx_attention& g
       floats += copy;
       *copied(p, i) = as_copy(*copied(p, i), nullptr);
     }
-  return floats + (by_hopper(p) ? attention_bwd_sm90_workspace(p) : attention_bwd_sm80_workspace(p));
+  floats += by_hopper(p) ? attention_bwd_sm90_workspace(p) : attention_bwd_sm80_workspace(p);
+  return floats;
 }
 
 FASTTX_API int fasttx_cuda_attention_bwd(const fasttx_attention& given, float* workspace,

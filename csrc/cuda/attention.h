@@ -17,8 +17,8 @@ enum MaskKind {
   MASK_PAIRS,  // any other
 };
 
-// Logits are kept in units of log2(e): their exponential is exp2. Only -inf hides a pair; any finite
-// number of a mask stays finite.
+// Logits are kept in units of log2(e): their exponential is exp2. Only -inf hides a pair; any
+// finite number of a mask stays finite.
 struct Attention {
   fasttx_attention a;  // dimensions of size 1 have stride 0. q, k, v and, backward, dout: last
                        // stride 1, rows that begin at multiples of 16 bytes (copies where need be)
@@ -27,7 +27,7 @@ struct Attention {
   int sequences;             // packed; 0: not packed
   int left, right;           // of the band, UNBOUNDED where there is none
   int mask;                  // a MaskKind
-  float scale;       // score = scale q k^T in units of log2(e); with a softcap cap tanh(scale q k^T)
+  float scale;       // score = scale q k^T in units of log2(e); capped, cap tanh(scale q k^T)
   float cap;         // softcap in units of log2(e); 0: none
   float grad_scale;  // of dq and dk: the op's own scale
   Dropout dropout;
@@ -39,7 +39,8 @@ struct Attention {
 
 // Whether scores need no more than a factor > 0 and the band.
 inline bool is_plain(const Attention& p) {
-  return p.mask == NO_MASK && !p.a.slopes.data && !p.a.table.data && p.cap == 0.0f && p.scale > 0.0f;
+  const bool biased = p.mask != NO_MASK || p.a.slopes.data || p.a.table.data;
+  return !biased && p.cap == 0.0f && p.scale > 0.0f;
 }
 inline int64_t row_floats(const Attention& p) { return int64_t{p.B} * p.H * p.S; }
 

@@ -156,8 +156,8 @@ def attention(
         return_lse: also return the log-sum-exp of the logits, float32 [..., H, S], differentiable.
         seed: the key of the dropout bits, an int or an int64 tensor of one element; None draws it
             from torch's generator.
-        backend: None chooses; "cpu", "cuda", "triton", "reference" or "torch" runs that or raises with
-            every kernel's reason.
+        backend: None chooses; "cpu", "cuda", "triton", "reference" or "torch" runs that or raises
+            with every kernel's reason.
 
     Returns:
         out [..., H, S, Dv] in query's dtype, or (out, lse). A row with no visible key gives 0 with

@@ -7,7 +7,7 @@ import fasttx
 from fasttx import native
 from fasttx.op import OPS
 
-from .emulated import library
+from .emulated import card, library
 
 X, W = torch.randn(6, 40).bfloat16(), torch.randn(40).bfloat16()
 Q, ANGLES = torch.randn(1, 2, 3, 16).bfloat16(), torch.randn(3, 16)
@@ -41,6 +41,23 @@ def embed_odd():
     options = {"positions": "padding", "padding_idx": 1, "norm_weight": norm, "backend": "cuda"}
     out = fasttx.embed(ids, *tables, **options)
     out.square().sum().backward()
+
+
+def attention():
+    # A key that lies apart and an expanded gradient are copied; sums for the mask and the table.
+    q, k, v = (t.clone().requires_grad_() for t in (Q, Q.repeat(1, 1, 2, 2), Q))
+    mask = torch.zeros(1, 1, 1, 6).bfloat16().requires_grad_()
+    table = torch.zeros(8, 2, requires_grad=True)
+    options = {"position_bias": fasttx.RelativePositionBias(table), "backend": "cuda"}
+    with card(80):
+        v = v.repeat(1, 1, 2, 1)
+        fasttx.attention(q, k[..., ::2], v, mask, **options).sum().backward()
+
+
+def attention_mask():
+    q, mask = Q.clone().requires_grad_(), torch.zeros(3, 3).bfloat16().requires_grad_()
+    with card(80):
+        fasttx.attention(q, Q, Q, mask, backend="cuda").square().sum().backward()
 
 
 def attention_decode():
@@ -102,6 +119,8 @@ def in_place():
         (ffn, [*["ffn_fwd"] * 2, *["ffn_bwd"] * 8]),
         (embed, ["embed_fwd", *["embed_bwd"] * 11]),
         (embed_odd, ["embed_fwd", *["embed_bwd"] * 11]),
+        (attention, [*["attention_fwd"] * 2, *["attention_bwd"] * 8]),
+        (attention_mask, ["attention_fwd", *["attention_bwd"] * 3]),
         (attention_decode, ["attention_decode"] * 3),
         (cache_append, ["cache_append"]),
         (softmax, ["softmax_fwd", *["softmax_bwd"] * 3]),

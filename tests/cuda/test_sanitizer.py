@@ -7,7 +7,8 @@ from tests.emulator.test_sanitizer import sanitized
 pytestmark = pytest.mark.slow
 
 
-OPS = ["add_norm", "rope", "cross_entropy", "softmax", "embed", "attention_decode", "linear", "ffn"]
+OPS = ["add_norm", "rope", "cross_entropy", "softmax", "embed", "attention", "attention_decode"]
+OPS += ["linear", "ffn"]
 
 
 @pytest.mark.parametrize("op", OPS)

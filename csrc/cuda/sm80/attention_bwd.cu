@@ -102,8 +102,9 @@ Layout lay_out(const Attention& p, float* workspace) {
   f.p = p;
   const int D = p.D > p.Dv ? p.D : p.Dv;
   const int own = D <= 64 ? BackwardShape<64, true, false>::OWN : 64, keys = 64;
-  static_assert(BackwardShape<64, true, true>::OWN == 64 && BackwardShape<128, true, true>::OWN == 64);
-  static_assert(BackwardShape<256, true, true>::OWN == 64 && BackwardShape<128, true, false>::OWN == 64);
+  static_assert(BackwardShape<64, true, true>::OWN == 64);
+  static_assert(BackwardShape<128, true, true>::OWN == 64);
+  static_assert(BackwardShape<128, true, false>::OWN == 64);
   f.row_tiles = static_cast<int>(tile_count(p.S, p.sequences, own));
   f.key_tiles = static_cast<int>(tile_count(p.T, p.sequences, keys));
   auto take = [&](int64_t count) {

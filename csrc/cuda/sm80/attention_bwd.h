@@ -1,7 +1,8 @@
-// The attention backward by mma.sync, without atomics. One kernel holds a tile of rows and walks over
-// the keys they see (dq, the table's sums, row sums of ds); the same kernel, keys down, holds a tile
-// of keys and walks over the rows of all its query heads (dk, dv, column sums of ds). Scores are
-// computed once in each; probabilities stay in registers as the left operand of the next product.
+// The attention backward by mma.sync, without atomics. One kernel holds a tile of rows and walks
+// over the keys they see (dq, the table's sums, row sums of ds); the same kernel, keys down, holds
+// a tile of keys and walks over the rows of all its query heads (dk, dv, column sums of ds). Scores
+// are computed once in each; probabilities stay in registers as the left operand of the next
+// product.
 //
 //     p = exp(logits - lse)   dp = dropout(dout v^T)   ds = p (dp - delta)
 //     dq = scale ds k         dk = scale ds^T q        dv = dropout(p)^T dout
@@ -72,8 +73,8 @@ struct BackwardShape {
   // ds by distance: with a table's gradient alone; where heads are wide in v's place.
   static constexpr int MORE = D == 256 || BY_KEYS ? 0 : OWN * DS_PITCH * 4;
 };
-// Distances of a tile of rows, and of its share of table_sums: those within reach, and on both sides
-// as many as a tile has, so that no two threads add to one.
+// Distances of a tile of rows, and of its share of table_sums: those within reach, and on both
+// sides as many as a tile has, so that no two threads add to one.
 template <class F>
 constexpr int TILE_DISTANCES = F::OWN + F::OTHER;
 inline int table_width(const Attention& p, int distances) {
@@ -147,7 +148,8 @@ __global__ void __launch_bounds__(F::THREADS) attention_bwd(const __grid_constan
         base, static_cast<const T*>(own0.data) + rows_of(own0, at.batch, head, origin),
         own0.strides[2], at.first, limit, p.D, thread);
     fetch<OWN, D, F::THREADS>(
-        base + F::OWN_TILE, static_cast<const T*>(own1.data) + rows_of(own1, at.batch, head, origin),
+        base + F::OWN_TILE,
+        static_cast<const T*>(own1.data) + rows_of(own1, at.batch, head, origin),
         own1.strides[2], at.first, limit, p.Dv, thread);
   }
 
@@ -198,7 +200,8 @@ __global__ void __launch_bounds__(F::THREADS) attention_bwd(const __grid_constan
   };
 
   float first[M][D / 8][4] = {};  // dq, or dk
-  float second[BY_KEYS && F::PART != DK ? M : 1][BY_KEYS && F::PART != DK ? D / 8 : 1][4] = {};  // dv
+  constexpr bool TWO = BY_KEYS && F::PART != DK;
+  float second[TWO ? M : 1][TWO ? D / 8 : 1][4] = {};  // dv
   float side_sum[M][2] = {};
   RowStatistics own_rows[BY_KEYS ? 1 : M][2];
   if constexpr (!BY_KEYS) {
@@ -286,7 +289,7 @@ __global__ void __launch_bounds__(F::THREADS) attention_bwd(const __grid_constan
         }
     }
     if constexpr (F::PART != DV) multiply_weights<T, D>(first, dp, other);
-    if constexpr (BY_KEYS && F::PART != DK) multiply_weights<T, D>(second, s, other + F::OTHER_TILE);
+    if constexpr (TWO) multiply_weights<T, D>(second, s, other + F::OTHER_TILE);
 
     if constexpr (GENERAL && !BY_KEYS) {
       if (sums) {
@@ -361,7 +364,7 @@ __global__ void __launch_bounds__(F::THREADS) attention_bwd(const __grid_constan
                        to.strides[2], to.strides[3], at.first + own, BY_KEYS ? at.T : at.S, p.D);
     }
   }
-  if constexpr (BY_KEYS && F::PART != DK) {
+  if constexpr (TWO) {
 #pragma unroll
     for (int m = 0; m < M; m++) factor[m][0] = factor[m][1] = GENERAL ? p.dropout.scale : 1.0f;
     if (a.need & 4) {

@@ -1,5 +1,5 @@
-// The gradient of a mask with both axes: a block holds a tile of it and adds the pairs (batch, head)
-// that share it, in order.
+// The gradient of a mask with both axes: a block holds a tile of it and adds the pairs (batch,
+// head) that share it, in order.
 #pragma once
 #include "cuda/sm80/attention_bwd.h"
 
@@ -28,7 +28,8 @@ __global__ void __launch_bounds__(F::THREADS)
   const fasttx_tensor& to = a.dmask;
   const int thread = threadIdx.x, lane = thread % 32, own = thread / 32 * 16;
   const int row = own + lane / 4, column = lane % 4 * 2;
-  const int tiles = f.row_tiles * f.key_tiles, tile = blockIdx.x % tiles, owner = blockIdx.x / tiles;
+  const int tiles = f.row_tiles * f.key_tiles;
+  const int tile = blockIdx.x % tiles, owner = blockIdx.x / tiles;
   const int i0 = tile / f.key_tiles * F::ROWS, j0 = tile % f.key_tiles * F::KEYS;
   const int heads = static_cast<int>(to.sizes[1]);
   const int batch = owner / heads, head = owner % heads;

@@ -1,6 +1,6 @@
-// The attention forward by mma.sync, after FlashAttention-2 (Dao, arXiv 2307.08691): a block holds BM
-// queries and walks over the keys they see by BN; K of the next tile is under way during the softmax,
-// V during the first product.
+// The attention forward by mma.sync, after FlashAttention-2 (Dao, arXiv 2307.08691): a block holds
+// BM queries and walks over the keys they see by BN; K of the next tile is under way during the
+// softmax, V during the first product.
 #pragma once
 #include "cuda/sm80/attention_tile.h"
 
@@ -14,7 +14,8 @@ struct ForwardShape {
   static constexpr int WARPS = 4, THREADS = 32 * WARPS;
   static constexpr int M = D == 256 ? 1 : 2;  // 16 rows each, a warp
   static constexpr int BM = 16 * M * WARPS;
-  static constexpr int BN = D == 64 && !DROPOUT ? 64 : D == 128 && !BIASED ? 48 : 32;  // no spills
+  // The widest that spill no registers.
+  static constexpr int BN = D == 64 && !DROPOUT ? 64 : D == 128 && !BIASED ? 48 : 32;
   static constexpr int Q = 0, K = Q + BM * D * 2, V = K + BN * D * 2, BIAS = V + BN * D * 2;
   static constexpr int SHARED = BIAS + (BIASED ? sizeof(BiasTile<BM, BN>) : 0);
 };
@@ -184,8 +185,8 @@ __global__ void __launch_bounds__(F::THREADS) attention_fwd(const __grid_constan
   __syncthreads();  // Q is there, even without a key, before its memory is used
   T* out = static_cast<T*>(a.out.data) + rows_of(a.out, at.batch, at.head, at.row0);
   const bool finite = all_finite(o);
-  write_rows<T, D>(shared + F::Q, own, o, factor, out, a.out.strides[2], a.out.strides[3], at.first + own,
-                   at.S, p.Dv);
+  write_rows<T, D>(shared + F::Q, own, o, factor, out, a.out.strides[2], a.out.strides[3],
+                   at.first + own, at.S, p.Dv);
   if (__all_sync(~0u, finite)) return;
 #pragma unroll
   for (int m = 0; m < M; m++)

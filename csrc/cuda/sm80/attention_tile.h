@@ -1,5 +1,5 @@
-// What the attention kernels for mma.sync share: tiles of 16-bit rows in shared memory, operands from
-// them, and products of a warp's rows with them.
+// What the attention kernels for mma.sync share: tiles of 16-bit rows in shared memory, operands
+// from them, and products of a warp's rows with them.
 //
 // Chunk c (16 bytes) of row r lies at chunk c ^ (r & 7) of the row, so that the eight rows which
 // ldmatrix reads at once lie in different banks.
@@ -17,8 +17,8 @@ FASTTX_DEVICE uint32_t swizzled(int row, int column) {
   return row * (COLUMNS * 2) + ((column / 8 ^ (row & 7)) << 4);
 }
 
-// What the compiler computes from an address it computes anew where it needs it, instead of keeping it
-// in registers through a loop.
+// What the compiler computes from an address it computes anew where it needs it, instead of keeping
+// it in registers through a loop.
 template <class Address>
 FASTTX_DEVICE Address opaque(Address address) {
   if constexpr (sizeof(Address) == 8)
@@ -28,11 +28,11 @@ FASTTX_DEVICE Address opaque(Address address) {
   return address;
 }
 
-// Rows first .. first + ROWS - 1 of a matrix `width` wide, by all THREADS; zero beyond it and beyond
-// row `limit`.
+// Rows first .. first + ROWS - 1 of a matrix `width` wide, by all THREADS; zero beyond it and
+// beyond row `limit`.
 template <int ROWS, int COLUMNS, int THREADS, class T>
-FASTTX_DEVICE void fetch(uint32_t to, const T* from, int64_t stride, int first, int limit, int width,
-                         int thread) {
+FASTTX_DEVICE void fetch(uint32_t to, const T* from, int64_t stride, int first, int limit,
+                         int width, int thread) {
   constexpr int CHUNKS = COLUMNS / 8, STEP = THREADS / CHUNKS;
   static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0 && STEP % 4 == 0);
   const int row = thread / CHUNKS, column = thread % CHUNKS * 8;
@@ -57,8 +57,8 @@ FASTTX_DEVICE void left_operand(uint32_t (&a)[4], const float (&d)[N][4], int k)
   a[3] = T::pack(d[2 * k + 1][2], d[2 * k + 1][3]);
 }
 
-// d[m][n] += own rows (row0 + 16 m ..) times the rows of `other`, along the columns of both. Sixteen
-// columns on, an address differs by an exclusive or.
+// d[m][n] += own rows (row0 + 16 m ..) times the rows of `other`, along the columns of both.
+// Sixteen columns on, an address differs by an exclusive or.
 template <class T, int COLUMNS, int M, int N>
 FASTTX_DEVICE void multiply_rows(float (&d)[M][N][4], uint32_t own, int row0, uint32_t other) {
   const int lane = opaque(threadIdx.x) % 32;
@@ -130,8 +130,8 @@ FASTTX_DEVICE bool all_finite(const float (&d)[M][N][4]) {
   return sum == 0.0f;
 }
 
-// A warp's rows d * factor[m][h] to rows row0 .. of `to`, by way of the warp's own rows of a tile that
-// nothing else uses; rows from `limit` on are left out. strides: of rows and of columns.
+// A warp's rows d * factor[m][h] to rows row0 .. of `to`, by way of the warp's own rows of a tile
+// that nothing else uses; rows from `limit` on are left out. strides: of rows and of columns.
 template <class T, int COLUMNS, int M, int N>
 FASTTX_DEVICE void write_rows(unsigned char* tile, int own, const float (&d)[M][N][4],
                               const float (&factor)[M][2], T* to, int64_t stride,

@@ -17,8 +17,8 @@ struct Place {
   int first;      // the tile's first row (or key)
 };
 
-// Packed, tiles of BLOCK along one side: sequence s owns those from cu[s] / BLOCK + s on, enough for
-// any lengths, so the host needs none of them. Number `sequences` is what lies beyond the last.
+// Packed, tiles of BLOCK along one side: sequence s owns those from cu[s] / BLOCK + s on, enough
+// for any lengths, so the host needs none of them. Number `sequences` is what lies beyond the last.
 inline int64_t tile_count(int64_t length, int sequences, int block) {
   return sequences ? length / block + sequences + 1 : (length + block - 1) / block;
 }

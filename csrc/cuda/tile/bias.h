@@ -32,7 +32,8 @@ FASTTX_DEVICE Bias make_bias(const Attention& p, const Place& at) {
   if (slopes.data) {
     const int last = static_cast<int>(slopes.sizes[0]) - 1;  // the tail of a packed batch
     b.slope = LOG2E * load(static_cast<const float*>(slopes.data) +
-                           min(at.sequence, last) * slopes.strides[0] + at.head * slopes.strides[1]);
+                           min(at.sequence, last) * slopes.strides[0] +
+                           at.head * slopes.strides[1]);
   }
   return b;
 }
@@ -80,7 +81,8 @@ FASTTX_DEVICE float pair_value(const Bias& b, const Place& at, int i, int j) {
                     mask_head(b, at) + i * mask.strides[2] + j * mask.strides[3]);
 }
 
-// A mask per key narrows the keys to those between the first and the last it shows. By a whole warp.
+// A mask per key narrows the keys to those between the first and the last it shows. By a whole
+// warp.
 FASTTX_DEVICE Range shown_keys(const Bias& b, const Place& at, Range keys) {
   if (b.p->mask != MASK_KEYS) return keys;
   const int lane = threadIdx.x % 32;
@@ -121,8 +123,8 @@ FASTTX_DEVICE void stage_bias(BiasTile<ROWS, KEYS>& tile, const Bias& b, const P
 
 // What is added to the score of the tile's row r and key c, -inf where hidden.
 template <int ROWS, int KEYS>
-FASTTX_DEVICE float bias_at(const BiasTile<ROWS, KEYS>& tile, const Bias& b, const Place& at, int i0,
-                            int j0, int r, int c) {
+FASTTX_DEVICE float bias_at(const BiasTile<ROWS, KEYS>& tile, const Bias& b, const Place& at,
+                            int i0, int j0, int r, int c) {
   float more = tile.key[c];
   if (b.p->a.table.data) more += tile.distance[c - r + ROWS - 1];
   if (b.p->mask == MASK_PAIRS) {
@@ -132,8 +134,8 @@ FASTTX_DEVICE float bias_at(const BiasTile<ROWS, KEYS>& tile, const Bias& b, con
   return more;
 }
 
-// A warp's scores s[m][n][e] as mma and wgmma leave them become logits: the pair of query i and key j
-// of the tile is row(m, h) + .. Selects, so that what is hidden is -inf whatever the score is.
+// A warp's scores s[m][n][e] as mma and wgmma leave them become logits: the pair of query i and key
+// j of the tile is row(m, h) + .. Selects, so that what is hidden is -inf whatever the score is.
 // Queries down: rows row + 16 m + 8 (e / 2), keys column + 8 n + e % 2.
 template <int ROWS, int KEYS, int M, int N>
 FASTTX_DEVICE void add_bias(float (&s)[M][N][4], const BiasTile<ROWS, KEYS>& tile, const Bias& b,

@@ -1,12 +1,12 @@
-// Which probabilities of a warp's tile dropout keeps: each Philox call is made by one lane, for eight
-// keys of a row, and its bits are handed round.
+// Which probabilities of a warp's tile dropout keeps: each Philox call is made by one lane, for
+// eight keys of a row, and its bits are handed round.
 #pragma once
 #include "cuda/philox.h"
 
 namespace fasttx {
 
-// A warp's tile as mma and wgmma leave it, queries down: lane 4 g + t holds of the columns 8 n .. 8 n
-// + 7 rows g + 8 h, keys 8 n + 2 t + e.
+// A warp's tile as mma and wgmma leave it, queries down: lane 4 g + t holds of the columns 8 n .. 8
+// n + 7 rows g + 8 h, keys 8 n + 2 t + e.
 template <int N>
 struct KeepRows {
   static constexpr int WORDS = (N * 4 + 31) / 32;
@@ -48,8 +48,9 @@ struct KeepColumns {
     uint32_t own[WORDS] = {};
 #pragma unroll
     for (int x = 0; x < N / 2; x++)
-      own[x / 4] |= keep_bits(dropout, key, j / 8 + lane / 16, i + x * 16 + lane % 16, head, sequence)
-                    << x % 4 * 8;
+      own[x / 4] |=
+          keep_bits(dropout, key, j / 8 + lane / 16, i + x * 16 + lane % 16, head, sequence)
+          << x % 4 * 8;
 #pragma unroll
     for (int from = 0; from < 8; from++)
 #pragma unroll
