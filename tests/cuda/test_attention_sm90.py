@@ -48,6 +48,7 @@ LONG = [
     Case("relative, 128", {**long(S=150, D=128), "table": random(32, 2)}, LOWER, (), relative(bidirectional=False)),
     Case("ALiBi, 128", {**long(S=300, T=300, D=128), "slopes": fasttx.ALiBi.standard_slopes(2)}, CAUSAL, (), alibi, ("slopes",)),
     Case("padding", {**long(B=3, S=150, T=300), "attn_mask": padding(3, 300)}),
+    Case("a sequence of padding first, 128", {**long(B=3, S=100, T=200, D=128), "attn_mask": padding(3, 200).flip(0)}),
     Case("float mask", {**long(B=2, S=200, T=200), "attn_mask": additive(2, 1, 200, 200)}, {"softcap": 4.0}),
     Case("float mask, 128", {**long(S=150, T=200, D=128), "attn_mask": additive(1, 2, 150, 200)}, LOWER),
     Case("float mask, 256", {**long(S=100, T=150, D=256), "attn_mask": additive(1, 1, 100, 150)}),

@@ -349,7 +349,7 @@ struct Consumer {
     finish(round, work.blocks, o, rows);
   }
 
-  FASTTX_DEVICE void finish(int round, bool read_q, float (&o)[D / 2], Rows& rows) {
+  FASTTX_DEVICE void finish(int round, bool any, float (&o)[D / 2], Rows& rows) {
     const Me me;
     Place at;
     tile_place<L>(f, work_of(opaque(round)), at);
@@ -374,6 +374,10 @@ struct Consumer {
                   at.head * f.p.a.lse.strides[1] + (at.row0 + i) * f.p.a.lse.strides[2],
               lse);
       }
+    }
+    if (!any) {  // and Q's place may hold the next tile's
+      store_rows(me, at, [](int, int) { return uint16_t{0}; });
+      return;
     }
     // What is hidden has met O as 0 times itself.
     if (f.hides) {
@@ -415,25 +419,26 @@ struct Consumer {
                        __shfl_sync(~0u, r < 8 ? rows.top[0] : rows.top[1], r % 8 * 4),
                        __shfl_sync(~0u, r < 8 ? rows.sum[0] : rows.sum[1], r % 8 * 4));
     } else {
-      store_rows(me, at);
+      store_rows(me, at, [&](int r, int c) {
+        const void* eight = shared + L::OUT + at_heads<L::ROWS>(r, c / 8 * 8);
+        return static_cast<const uint16_t*>(eight)[c % 8];
+      });
     }
-    if (!L::OWN_OUT && read_q) {
+    if (!L::OWN_OUT) {
       meet(me);
       if (me.lane == 0) mbarrier_arrive(base + L::Q_EMPTY);
     }
   }
 
-  // The warp's rows of out by ordinary stores.
-  FASTTX_DEVICE void store_rows(const Me& me, const Place& at) {
+  // The warp's rows of out by ordinary stores: value(row, column) of the tile.
+  template <class Value>
+  FASTTX_DEVICE void store_rows(const Me& me, const Place& at, Value value) {
     const fasttx_tensor& out = f.p.a.out;
     auto* to = static_cast<uint16_t*>(out.data) + rows_of(out, at.batch, at.head, at.row0);
     const int first = 64 * me.group + 16 * me.warp;
     for (int r = first; r < first + 16 && at.first + r < at.S; r++)
-      for (int c = me.lane; c < f.p.Dv; c += 32) {
-        const auto* from = reinterpret_cast<const uint16_t*>(
-            shared + L::OUT + at_heads<L::ROWS>(r, c / 8 * 8));
-        store(to + (at.first + r) * out.strides[2] + c * out.strides[3], from[c % 8]);
-      }
+      for (int c = me.lane; c < f.p.Dv; c += 32)
+        store(to + (at.first + r) * out.strides[2] + c * out.strides[3], value(r, c));
   }
 
   FASTTX_DEVICE void run() {
