@@ -188,9 +188,10 @@ void plain_product(Run& run, Gemm g, const Panel& out) {
   const int step = on_hopper() ? 64 : 32;
   const int64_t tiles = count_tiles(g, g.columns);
   const int steps = g.pairs * ((g.K + step - 1) / step);
+  const int64_t most = int64_t{steps} * step / 512;
   // Where tiles are too few for the card, parts of at least 512 of k.
   const int64_t wanted = tiles ? multiprocessors() / tiles : 1;
-  int parts = static_cast<int>(min(wanted, int64_t{min(steps * step / 512, MOST_PARTS)}));
+  int parts = static_cast<int>(min(min(wanted, most), int64_t{MOST_PARTS}));
   if (g.K == 0) parts = 0;
   if (parts == 1 || (parts < 1 && g.K)) {
     g.e.out = out;

@@ -151,6 +151,17 @@ def test_traffic(kernel, turned):
         assert seen.shared_conflicts == 0 == traffic().shared_conflicts
 
 
+def test_wide_tiles_read_a_quarter_less():
+    x, w = torch.randn(256, 64).bfloat16(), torch.randn(512, 64).bfloat16()
+    read = []
+    for kernel in ("sm90", "sm90 wide"):
+        with gemm_kernel(kernel):
+            traffic()
+            linear_fwd(x, w, None, None, 0, False, backend="cuda")
+            read.append(traffic().read)
+    assert read[1] == 0.75 * read[0]
+
+
 def test_the_bias_gradient_reads_each_element_once():
     """And what it has summed of 256 rows in 32 parts."""
     pre, g = (torch.randn(256, 512).bfloat16() for _ in range(2))
