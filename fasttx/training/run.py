@@ -41,10 +41,13 @@ def train(
             f"{config.output} holds a run: go on with --resume, or choose another output"
         )
     with Group(config.training.device, config.training.parallel) as group:
-        if group.leads:
-            _tokenizer(config, resume)
-        group.wait()
-        return _train(config, _tokenizer(config, True), resume, progress)
+        folder = config.tokenizer.folder
+        if folder is None:
+            folder = config.output / "tokenizer"
+            if group.leads and not checkpoints(saves):
+                _make_tokenizer(config, folder)
+            group.wait()
+        return _train(config, Tokenizer.load(folder), resume, progress)
 
 
 def _train(config: Config, tokenizer: Tokenizer, resume: bool, progress: bool) -> Result:
@@ -70,13 +73,8 @@ def _train(config: Config, tokenizer: Tokenizer, resume: bool, progress: bool) -
     )
 
 
-def _tokenizer(config: Config, resume: bool) -> Tokenizer:
-    """The folder's, or that of the run that goes on, or a new one, kept in output/tokenizer."""
-    section, kept = config.tokenizer, config.output / "tokenizer"
-    if section.folder is not None:
-        return Tokenizer.load(section.folder)
-    if resume and kept.is_dir():
-        return Tokenizer.load(kept)
+def _make_tokenizer(config: Config, folder: Path) -> None:
+    section = config.tokenizer
     name = config.objective[0].name
     template = TEMPLATES.get(name, "bos_eos")
     if not config.objective[1].get("bos", True):
@@ -93,9 +91,9 @@ def _tokenizer(config: Config, resume: bool) -> Tokenizer:
         template=template,
     )
     config.output.mkdir(parents=True, exist_ok=True)
-    with replaced(kept, config.output / ".tokenizer"):
-        tokenizer.save(config.output / ".tokenizer")
-    return Tokenizer.load(kept)
+    temporary = folder.with_name(f".{folder.name}")
+    with replaced(folder, temporary):
+        tokenizer.save(temporary)
 
 
 def _streams(config: Config, tokenizer, words: bool) -> tuple[TokenStream, TokenStream | None]:

@@ -88,6 +88,15 @@ def test_the_command_trains_resumes_and_keeps_the_tokenizer(write, capsys, tmp_p
     assert code == 2 and "text: sha256:" in errors
 
 
+def test_without_a_checkpoint_resume_begins_anew(write, tmp_path):
+    """A run that was killed before its first one, with another tokenizer."""
+    corpus.tokenizer("bpe").save(tmp_path / "run/tokenizer")
+    train(write(), resume=True)
+    kept = Tokenizer.load(tmp_path / "run/tokenizer")
+    assert kept.fingerprint == Tokenizer.load(tmp_path / "run/model").fingerprint
+    assert "WordLevel" in (tmp_path / "run/tokenizer/tokenizer.json").read_text()
+
+
 def test_going_on_is_the_same_run(write, tmp_path):
     path = write()
     train(path, output=tmp_path / "whole")
