@@ -11,7 +11,7 @@ from ._fit import dropout_p, fit_autocast, untouched
 
 __all__ = ["FeedForward", "Linear"]
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
@@ -72,9 +72,9 @@ class FeedForward(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        if isinstance(activation, str) and activation not in _ACTIVATIONS:
+        if isinstance(activation, str) and activation not in ACTIVATIONS:
             raise ValueError(
-                f"activation must be callable or one of {', '.join(map(repr, _ACTIVATIONS))}, got "
+                f"activation must be callable or one of {', '.join(map(repr, ACTIVATIONS))}, got "
                 f"{activation!r}"
             )
         options = {"bias": bias, "device": device, "dtype": dtype}
@@ -103,7 +103,7 @@ class FeedForward(nn.Module):
                 self.recompute,
             )
         act = self.activation
-        hidden = (_ACTIVATIONS[act] if isinstance(act, str) else act)(self.linear1(x))
+        hidden = (ACTIVATIONS[act] if isinstance(act, str) else act)(self.linear1(x))
         hidden = hidden if self.gate is None else hidden * self.gate(x)
         return self.linear2(self.dropout(hidden))
 

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers import KVCache, LayerNorm, Linear
+from ..layers._fit import untouched
+from ..layers.feed_forward import ACTIVATIONS
 from ..ops.cross_entropy import cross_entropy
 from ..ops.linear import linear
 from ..ops.linear_cross_entropy import linear_cross_entropy
@@ -165,10 +167,12 @@ class _Language(nn.Module):
 
     def transformed(self, hidden: Tensor) -> Tensor:
         if self.dense is not None:
-            dense = self.dense
-            x = linear(hidden, dense.weight, dense.bias, activation=self.activation)
-            hidden = self.norm(x)
+            hidden = self.norm(ACTIVATIONS[self.activation](self.dense(hidden)))
         return hidden if self.scale == 1.0 else hidden * self.scale
+
+    def replaced(self) -> bool:
+        """Whether the output layer is not a plain one, and has to be called."""
+        return self.out is not None and not untouched(self.out, Linear)
 
     def weights(self, tokens: nn.Embedding) -> tuple[Tensor, Tensor | None]:
         bias = None if self.bias is None else self.bias.view(-1)
@@ -187,8 +191,10 @@ class _LanguageModel(BaseModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [...,d_model] to logits [...,vocab_size]."""
-        weight, bias = self.head.weights(self.tokens())
-        return linear(self.head.transformed(hidden), weight, bias)
+        x, (weight, bias) = self.head.transformed(hidden), self.head.weights(self.tokens())
+        if self.head.replaced():
+            return self.head.out(x) if bias is None else self.head.out(x) + bias
+        return linear(x, weight, bias)
 
     def _losses(self, out: Output, labels: Tensor | None, logits: bool | None, shift: int):
         """loss and logits; in training the logits of the loss never exist whole."""
@@ -197,6 +203,7 @@ class _LanguageModel(BaseModel):
                 f"labels must be [B, S] = {tuple(out.hidden.shape[:2])}, got {tuple(labels.shape)}"
             )
         wanted = not (self.training and labels is not None) if logits is None else logits
+        wanted = wanted or (labels is not None and self.head.replaced())
         if wanted:
             out.logits = self.logits(out.hidden)
         if labels is None:

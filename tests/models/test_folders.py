@@ -150,6 +150,31 @@ def test_an_output_layer_of_its_own(name, tmp_path):
         )
 
 
+@torch.no_grad()
+def test_t5_of_version_1_1(tmp_path):
+    """Its folders of old say that nothing is tied, and mean that logits are not scaled too."""
+    from safetensors.torch import load_file, save_file
+
+    name = "T5ForConditionalGeneration"
+    theirs, _ = model(name, random.Random(8), feed_forward_proj="gated-gelu")
+    theirs.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("scale_decoder_outputs", None)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    for output in ({}, {"lm_head.weight": torch.randn(state["shared.weight"].shape)}):
+        save_file({**state, **output}, tmp_path / "model.safetensors")
+        theirs = getattr(transformers, name).from_pretrained(tmp_path).eval()
+        ours = fasttx.from_pretrained(tmp_path)
+        assert ours.config.logit_scale == 1.0 and ours.config.tied == (not output)
+        given = batch(name, random.Random(9))
+        seen = given.get("decoder_attention_mask", torch.ones_like(given["decoder_input_ids"]))
+        logits = [m(**given).logits[seen.bool()] for m in (ours, theirs)]
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-3)
+        ours.save_pretrained(tmp_path / "again")
+        same(theirs, reloaded(name, tmp_path / "again"))
+
+
 def test_another_head(tmp_path):
     """A language model becomes a classifier: its body is read, the head starts at random."""
     theirs, _ = model("RobertaForMaskedLM", random.Random(6))

@@ -95,3 +95,19 @@ def test_halves(name, dtype, tmp_path):
             logits = (ours(**given).logits, *(results(m, given)["logits"] for m in (theirs, exact)))
         found.append([shown(t, given).flatten() for t in logits])
     hold(name, *(torch.cat(part) for part in zip(*found, strict=True)))
+
+
+def test_an_output_layer_with_a_hook():
+    """What is put in the place of a layer, or listens to it, is called."""
+    ours = models.create(
+        "bert", "masked_lm", vocab_size=61, tie_word_embeddings=False, **SMALL["bert"][1]
+    )
+    ids, seen = inputs("bert")["input_ids"], []
+    for layer in (ours.head.out, ours.head.dense):
+        layer.register_forward_hook(lambda module, given, out: seen.append(module))
+    plain = ours.train()(ids, labels=ids)
+    assert seen == [ours.head.dense, ours.head.out] and plain.logits.shape == (2, 7, 61)
+    ours.head.out = torch.nn.Sequential(ours.head.out)
+    ours.head.out.weight = ours.head.out[0].weight
+    ours.eval()
+    torch.testing.assert_close(ours(ids, labels=ids).loss, ours(ids, labels=ids, logits=False).loss)
