@@ -117,8 +117,9 @@ int finish(const AttentionBwd& c, void* stream) {
   int status = cudaSuccess;
   if (p.a.need & 1) {
     const dim3 grid(static_cast<unsigned>(c.row_tiles) * p.B * p.H);
-    status = c.rows == BwdTile<64>::ROWS ? launch(attention_bwd_dq<T, 64>, grid, 256, 16384, stream, c)
-                                  : launch(attention_bwd_dq<T, 128>, grid, 256, 16384, stream, c);
+    status = launch(
+        c.rows == BwdTile<64>::ROWS ? attention_bwd_dq<T, 64> : attention_bwd_dq<T, 128>, grid, 256,
+        16384, stream, c);
   }
   if (status == cudaSuccess && (p.a.need & 7))
     status = launch(attention_bwd_odd<T>, dim3(4 * multiprocessors()), 128, 0, stream, c);
@@ -130,8 +131,8 @@ int finish(const AttentionBwd& c, void* stream) {
     const fasttx_tensor& mask = p.a.dmask;
     const int64_t count = mask.sizes[0] * mask.sizes[1] * mask.sizes[3];
     const int64_t warps = mask.sizes[3] > 1 ? (count + 31) / 32 : count;
-    status = launch(attention_bwd_mask, dim3(static_cast<unsigned>((warps + 7) / 8)), 256, 0, stream,
-                    c);
+    const dim3 grid(static_cast<unsigned>((warps + 7) / 8));
+    status = launch(attention_bwd_mask, grid, 256, 0, stream, c);
   }
   return status;
 }
@@ -140,8 +141,8 @@ int finish(const AttentionBwd& c, void* stream) {
 
 int attention_bwd_zero(const AttentionBwd& c, void* stream) {
   const int64_t blocks = (c.zero16 + 255) / 256, most = 16 * multiprocessors();
-  return launch(attention_bwd_zeros, dim3(static_cast<unsigned>(blocks < most ? blocks : most)), 256,
-                0, stream, c);
+  const dim3 grid(static_cast<unsigned>(blocks < most ? blocks : most));
+  return launch(attention_bwd_zeros, grid, 256, 0, stream, c);
 }
 int attention_bwd_finish(const AttentionBwd& c, void* stream) {
   return c.p.a.q.dtype == FASTTX_BF16 ? finish<bf16>(c, stream) : finish<f16>(c, stream);

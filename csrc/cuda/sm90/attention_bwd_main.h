@@ -1,9 +1,9 @@
 // The main kernel of attention's backward on sm_90: a block takes KEYS keys of one key head through
 // the tiles of rows that see them, of all query heads of its group. S^T = K Q^T and dP^T = V dO^T
-// come transposed, so that P^T and dS^T are in the registers from which dV += P^T dO and dK += dS^T Q
-// take them; dS goes through shared memory for dQ = dS K, whose fp32 tiles are added to global
-// memory by bulk copies. Warps 0 .. 2 fetch tiles, add dq, and fetch statistics; two warpgroups
-// compute, 64 keys each.
+// come transposed, so that P^T and dS^T are in the registers from which dV += P^T dO and dK += dS^T
+// Q take them; dS goes through shared memory for dQ = dS K, whose fp32 tiles are added to global
+// memory by bulk copies. Warps 0 .. 3 fetch tiles, add dq, fetch statistics and fetch the relative
+// bias; two warpgroups compute, 64 keys each.
 #pragma once
 #include "cuda/ptx/barrier.h"
 #include "cuda/ptx/registers.h"
@@ -74,7 +74,8 @@ FASTTX_DEVICE void add_dq(const AttentionBwd& c, const BwdBlock& block, uint32_t
   for (int member = 0; member < c.p.group; member++)
 #pragma unroll 1
     for (int m = block.begin; m < block.end; m++, phase ^= 1) {
-      const int64_t tile = row_tile_of(c, at, Tile::ROWS, m) + static_cast<int64_t>(member) * c.row_tiles;
+      const int64_t tile =
+          row_tile_of(c, at, Tile::ROWS, m) + static_cast<int64_t>(member) * c.row_tiles;
       const int turn =
           at.first / BWD_KEYS - visible_keys(at, m * Tile::ROWS, Tile::ROWS).begin / BWD_KEYS;
 #pragma unroll
@@ -130,8 +131,8 @@ FASTTX_DEVICE void fetch_rows(const AttentionBwd& c, const BwdBlock& block, unsi
 
 // The relative bias of the tiles that are near.
 template <int D>
-FASTTX_DEVICE void fetch_distances(const AttentionBwd& c, const BwdBlock& block, unsigned char* shared,
-                                   uint32_t bars) {
+FASTTX_DEVICE void fetch_distances(const AttentionBwd& c, const BwdBlock& block,
+                                   unsigned char* shared, uint32_t bars) {
   constexpr int ROWS = BwdTile<D>::ROWS;
   const Attention& p = c.p;
   uint32_t n = 0;
@@ -166,7 +167,8 @@ struct Own {
   }
 };
 
-// Where the n-th tile of rows is. Made again where it is needed rather than kept: registers are short.
+// Where the n-th tile of rows is. Made again where it is needed rather than kept: registers are
+// short.
 template <int D>
 struct Step {
   uint32_t base, bars, q, dout, ds;
@@ -345,7 +347,9 @@ FASTTX_DEVICE void compute(const AttentionBwd& c, unsigned char* shared) {
         ds16[n / 8][n / 2 % 4] = T::pack(dp[n], dp[n + 1]);
 #pragma unroll
       for (int k = 0; k < ROWS / 16; k++)
-        stmatrix_x4(again.ds + at_heads<KEYS>(own.key + own.lane % 16, 16 * k + own.lane / 16 * 8), ds16[k]);
+        stmatrix_x4(
+            again.ds + at_heads<KEYS>(own.key + own.lane % 16, 16 * k + own.lane / 16 * 8),
+            ds16[k]);
       fence_async();
       barrier_sync(1, 256);
       float dq[32];
@@ -393,8 +397,9 @@ FASTTX_DEVICE void compute(const AttentionBwd& c, unsigned char* shared) {
               keys.sum[own.key + lane]);
       if (c.table_sums) {
         const int count = static_cast<int>(p.a.table.sizes[0]);
-        float* to = c.table_sums + (((int64_t{at.batch} * p.H + at.head) * c.key_tiles + block.number % c.key_tiles) *
-                                        8 + own.warp) * count;
+        const int64_t tile =
+            (int64_t{at.batch} * p.H + at.head) * c.key_tiles + block.number % c.key_tiles;
+        float* to = c.table_sums + (tile * 8 + own.warp) * count;
         for (int b = lane; b < count; b += 32) store(to + b, buckets_of(own.warp)[b]);
         __syncwarp();
       }
@@ -406,8 +411,8 @@ FASTTX_DEVICE void compute(const AttentionBwd& c, unsigned char* shared) {
   bool odd = false;
 #pragma unroll
   for (int n = 0; n < D / 2; n++) odd |= !is_finite(dk[n]) || !is_finite(dv[n]);
-  if (__any_sync(~0u, odd) && threadIdx.x % 32 == 0)
-    store(c.odd_keys + (int64_t{at.batch} * p.G + at.kv_head) * c.key_tiles + block.number % c.key_tiles, 1);
+  // Blocks are numbered as [B, G, key_tiles].
+  if (__any_sync(~0u, odd) && threadIdx.x % 32 == 0) store(c.odd_keys + block.number, 1);
   // The tiles of rows are done with: their place serves the results.
   barrier_sync(1, 256);
   const int rest = at.T - at.first - 64 * group, first = at.key0 + at.first + 64 * group;

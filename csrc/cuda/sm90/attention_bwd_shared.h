@@ -25,8 +25,8 @@ struct Diagonals {
   float lines[8][LINE];
 };
 
-// Where things are, in bytes. Beside a relative bias or a table's gradient: a Diagonals for each of 8
-// warps and, last, a sum for each of its buckets.
+// Where things are, in bytes. For a table's gradient besides: a Diagonals for each of 8 warps and,
+// last, a sum for each of its buckets.
 template <int D>
 struct BwdShared {
   using Tile = BwdTile<D>;
@@ -38,8 +38,8 @@ struct BwdShared {
   static constexpr int BUCKETS = DIAGONALS + 8 * static_cast<int>(sizeof(Diagonals));
 };
 
-// What a block goes through: its keys, and the tiles of rows that see them, once for each query head
-// of the group.
+// What a block goes through: its keys, and the tiles of rows that see them, once for each query
+// head of the group.
 struct BwdBlock {
   int number;
   Place at;  // of the first head

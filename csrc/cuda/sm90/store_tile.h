@@ -44,7 +44,8 @@ FASTTX_DEVICE void store_tile(const fasttx_tensor& t, int batch, int head, int f
 #pragma unroll
     for (int e = 0; e < 8; e++)
       if (from + e < columns)
-        store(row + (from + e) * t.strides[3], T{static_cast<uint16_t>(words.w[e / 2] >> e % 2 * 16)});
+        store(row + (from + e) * t.strides[3],
+              T{static_cast<uint16_t>(words.w[e / 2] >> e % 2 * 16)});
   }
 }
 

@@ -36,7 +36,8 @@ FASTTX_DEVICE void careful_dq(const Attention& p, int sequence, int head, int i)
   const Key key = load_key(p.dropout);
   float q[8], dout[8], k[8], v[8], sum[8] = {};
   load_lanes(q, row_at<const T>(a.q, at.batch, at.head, at.row0 + i), 1, p.D);
-  load_lanes(dout, row_at<const T>(a.dout, at.batch, at.head, at.row0 + i), a.dout.strides[3], p.Dv);
+  load_lanes(dout, row_at<const T>(a.dout, at.batch, at.head, at.row0 + i), a.dout.strides[3],
+             p.Dv);
   const Range keys = visible_keys(at, i, 1);
   for (int j = keys.begin; j < keys.end; j++) {
     load_lanes(k, row_at<const T>(a.k, at.batch, at.kv_head, at.key0 + j), 1, p.D);

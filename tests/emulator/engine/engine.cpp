@@ -174,8 +174,10 @@ void schedule() {
       faulted = true;
       break;
     }
-    Action action = std::move(block.landings.front());
-    block.landings.pop_front();
+    // In any order: copies wait for none.
+    const auto next = block.landings.begin() + random() % block.landings.size();
+    Action action = std::move(*next);
+    block.landings.erase(next);
     try {
       action();
     } catch (Fault) {

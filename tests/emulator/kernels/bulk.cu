@@ -1,5 +1,5 @@
-// to += 2 * from by copies without a tensor map: the block of chunk c fetches it, doubles it and adds
-// it onto `to`, which all blocks share, in the order of the chunks.
+// to += 2 * from by copies without a tensor map: the block of chunk c fetches it, doubles it and
+// adds it onto `to`, which all blocks share, in the order of the chunks.
 #include "cuda/ptx/mbarrier.h"
 #include "cuda/ptx/memory.h"
 #include "cuda/ptx/semaphore.h"
