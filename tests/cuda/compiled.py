@@ -56,6 +56,9 @@ def compiled(source: Path) -> tuple[list[Resources], dict[str, str]]:
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         if done.returncode:
             raise RuntimeError(f"{source.name}: nvcc failed\n{done.stdout}{done.stderr}")
+        # Products that wait for each other, or registers that stay where they are: only said so.
+        if lost := re.findall(r".*(?:wgmma.*serialized|setmaxnreg.*ignored).*", done.stderr):
+            raise RuntimeError(f"{source.name}: {lost[0]}")
         names = [f"{source.stem}.compute_{a}.ptx" for a in archs]
         if len(archs) == 1:
             names = [f"{source.stem}.ptx"]

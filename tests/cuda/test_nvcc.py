@@ -60,6 +60,10 @@ def test_memory_bound_kernels_leave_room_for_many_threads():
         ("sm90/gemm_bf16.cu", "90a", ["wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16"]),
         ("sm90/gemm_f16.cu", "90a", ["wgmma.mma_async.sync.aligned.m64n256k16.f32.f16"]),
         ("sm90/gemm_f16.cu", "90a", ["cp.async.bulk.tensor.2d", "mbarrier.try_wait", "setmaxnreg"]),
+        ("sm90/attention_fwd_bf16.cu", "90a", ["wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16"]),
+        ("sm90/attention_fwd_f16.cu", "90a", ["wgmma.mma_async.sync.aligned.m64n256k16.f32.f16"]),
+        ("sm90/attention_fwd_bf16.cu", "90a", ["cp.async.bulk.tensor.4d", "mbarrier.try_wait"]),
+        ("sm90/attention_fwd_bf16.cu", "90a", ["setmaxnreg.inc", "bar.arrive", "stmatrix.sync"]),
     ],
 )
 def test_instructions_are_there(source, arch, instructions):
