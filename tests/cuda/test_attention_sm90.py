@@ -12,7 +12,7 @@ from fasttx.testing import check
 from tests.emulator.build import ROOT
 from tests.ops.attention_cases import Case, additive, cases, padding, qkv, random, relative
 
-from .emulated import card, mode
+from .emulated import card, library, mode
 from .planted import Bug, Planted
 
 HALF = (torch.bfloat16, torch.float16)
@@ -145,6 +145,24 @@ def test_visible_nan_shows():
         wrong = out.isnan()
         assert not wrong[0].any() and not wrong[1, 0].any() and not wrong[1, 1, :4].any()
         assert wrong[1, 1, 4, 2] and wrong[1, 1].any(-1).sum() == (1 if which == 0 else 66)
+
+
+def test_shared_memory_of_heads_and_rows():
+    """Heads and batches that share their memory are TMA's; rows that do are the kernels' of sm_80."""
+    q, k, v = (t.bfloat16() for t in qkv(B=2, H=2, S=70, D=64).values())
+    run = functools.partial(fasttx.attention, is_causal=True, backend="cuda")
+    shared = [t[:1, :1].expand_as(t) for t in (k, v)]
+    assert torch.equal(run(q, *shared), run(q, *(t.contiguous() for t in shared)))
+    one = k[:, :, :1].expand_as(k)
+    torch.testing.assert_close(run(q, one, v), run(q, one.contiguous(), v), atol=1e-2, rtol=1e-2)
+
+
+def test_a_refused_launch_is_an_error():
+    q, k, v = (t.bfloat16() for t in qkv().values())
+    library().emulator_refuse(1)
+    with pytest.raises(RuntimeError, match=r"fasttx attention_fwd \(CUDA\) on \[.*\]: refused"):
+        fasttx.attention(q, k, v, backend="cuda")
+    fasttx.attention(q, k, v, backend="cuda")
 
 
 FILE = "cuda/sm90/attention_fwd.h"
