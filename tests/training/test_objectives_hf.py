@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fasttx
-from fasttx.training import CausalLM, MaskedLM, SpanCorruption, TextInfilling
+from fasttx.training import CausalLM, MaskedLM, SpanCorruption, TextInfilling, fit
 
 from . import corpus, tiny
 
@@ -69,3 +69,12 @@ def test_patched_loss_makes_no_logits_and_is_theirs(tokenizer):
     found = model(**batch)
     assert expected.logits is not None and found.logits is None
     torch.testing.assert_close(found.loss, expected.loss, atol=1e-5, rtol=1e-5)
+
+
+def test_fit_trains_packed_rows_without_a_cache(tokenizer, tmp_path):
+    """With one transformers' models would take the documents of a row for one."""
+    model, seen = tiny.model("gpt2", tokenizer), []
+    model.register_forward_pre_hook(lambda m, args: seen.append(m.config.use_cache))
+    examples = CausalLM(tokenizer, 64).examples(corpus.stream(tokenizer, 40))
+    fit(model, examples, tmp_path, steps=1, batch_size=4)
+    assert seen == [False] and model.config.use_cache
