@@ -69,6 +69,7 @@ RULES = [
         ("fasttx.kernels", "fasttx.reference", "fasttx.integrations", "triton", "transformers"),
     ),
     ("fasttx/integrations", ("fasttx.kernels", "fasttx.reference", "triton")),
+    ("fasttx/training", ("fasttx.kernels", "fasttx.reference", "triton", "transformers")),
 ]
 
 
