@@ -397,3 +397,25 @@ def test_calls_of_encoder_decoders():
     classifier = models.create("bart", "sequence_classification", **small)
     with pytest.raises(ValueError, match="input_ids must hold the end token 60 in every sequence"):
         classifier(ids)
+
+
+@pytest.mark.slow
+def test_configs_at_random(folder):
+    """A config of any values loads, or is one error."""
+    rng, config = random.Random(1), json.loads((folder / "config.json").read_text())
+    keys = [*config, "n_inner", "activation_function", "layer_norm_epsilon", "tie_word_embeddings",
+            "num_labels", "id2label", "problem_type", "eos_token_id", "pad_token_id", "dtype",
+            "torch_dtype", "scale_attn_weights", "attn_pdrop", "hidden_size"]  # fmt: skip
+    values = [None, 0, -1, 2, 1 << 40, 1e308, float("nan"), True, "", [], {}, "gelu", [1], 0.5]
+    loaded = 0
+    for _ in range(500):
+        changed = dict(config)
+        for _ in range(rng.choice((1, 1, 2))):
+            changed[rng.choice(keys)] = rng.choice(values)
+        (folder / "config.json").write_text(json.dumps(changed))
+        try:
+            fasttx.from_pretrained(folder)
+            loaded += 1
+        except CheckpointError:
+            continue
+    assert 50 < loaded < 450
