@@ -54,14 +54,15 @@ __all__ = [
     "sample",
     "sinusoidal_positions",
     "softmax",
+    "training",
     "unpatch",
 ]
 
 
 def __getattr__(name: str):
-    """The models are imported when they are asked for."""
+    """Models and training are imported when they are asked for."""
     if name == "from_pretrained":
         return importlib.import_module(".models", __name__).from_pretrained
-    if name == "models":
-        return importlib.import_module(".models", __name__)
+    if name in ("models", "training"):
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+import fasttx
 from fasttx import cli
 from fasttx.explain import support_table
+from tests.models.test_docs import FOLDERS
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -32,6 +34,30 @@ def test_other_ops_example_runs():
     exec(example, names)
     assert names["vocabulary"].grad is not None
     assert names["out"].shape == (1, 4, 1, 64)
+
+
+MODELS = [code for code in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if "models/" in code]
+
+
+def test_there_is_an_example_of_each_family():
+    named = set(re.findall(r'"models/(\w+)"', "".join(MODELS)))
+    assert {"bert", "roberta", "gpt2", "bloom", "t5", "bart"} <= named
+
+
+@pytest.mark.parametrize("number", range(len(MODELS)))
+def test_model_examples_run(number, tmp_path, monkeypatch, capsys):
+    """On small folders of each family, with a tokenizer of the README's own words."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    monkeypatch.chdir(tmp_path)
+    tokenizer = fasttx.training.train_tokenizer("bpe", TEXT.splitlines(), vocab_size=300)
+    for family in set(re.findall(r'"models/(\w+)"', MODELS[number])) & set(FOLDERS):
+        head, options = FOLDERS[family]
+        options = options | {"vocab_size": 300, "n_positions": 64, "max_position_embeddings": 64}
+        fasttx.models.create(family, head, **options).save_pretrained(f"models/{family}")
+        tokenizer.save(f"models/{family}")
+    exec(MODELS[number], {})
+    assert capsys.readouterr().out
 
 
 def test_commands_run(capsys):
