@@ -104,11 +104,11 @@ class Kernel:
         )
 
     def direct(self, op) -> Callable | None:
-        """The target as native.direct() has it; None where it is not native, or changes its
-        arguments: the dispatcher counts their versions."""
+        """The target as native.direct() has it; None where it is not native. The door counts the
+        versions of arguments that the op changes."""
         module, _, name = self.target.partition(":")
         needs = self.needs
-        if module != "native" or op.mutates or needs.env or needs.sm or needs.matrices:
+        if module != "native" or needs.env or needs.sm or needs.matrices:
             return None
         from . import native
 
@@ -116,7 +116,7 @@ class Kernel:
         bounds = ((_dimension(key), bound) for key, bound in needs.sizes.items())
         return native.direct(
             name,
-            op.alloc,
+            op.alloc if op.overload._schema.returns else None,
             dtypes=needs.dtypes or (),
             dtype_of=at[needs.dtype_of] if needs.dtypes else 0,
             sizes=[(at[of], dim, low, high) for (of, dim), (low, high) in bounds],

@@ -90,8 +90,9 @@ def direct(name: str, alloc: Callable | None, **needs) -> Callable | None:
     NotImplemented anywhere else: under a dispatch or function mode, a functorch transform, tracing
     or the profiler; for a tensor subclass or what else is not plain memory on the CPU; for a tensor
     that requires grad in grad mode; and where the kernel's needs (dtypes, dtype_of, sizes, absent,
-    arguments by number) are not met. The outputs are alloc(*args), or made by the library; with None for
-    alloc the op fills its arguments and there are none. None where the library or fasttx._C lacks the op.
+    arguments by number) are not met. The outputs are alloc(*args), or made by the library; with
+    None for alloc the op fills its arguments and has no others. None where the library or fasttx._C
+    lacks the op.
     """
     if unavailable():
         return None
