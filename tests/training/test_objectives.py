@@ -108,7 +108,7 @@ def test_masking_is_80_10_10(tokenizer):
     V = len(tokenizer.ordinary_ids)
     assert inside(int((ids == labels)[chosen].sum()), asked, 0.1 + 0.1 / V)
     replaced = ids[chosen & (ids != tokenizer.mask) & (ids != labels)]
-    assert set(replaced.tolist()) == set(tokenizer.ordinary_ids.tolist())
+    assert set(replaced.tolist()) <= set(tokenizer.ordinary_ids.tolist())
     counts = torch.bincount(replaced, minlength=tokenizer.vocab_size)[tokenizer.ordinary_ids]
     expected = len(replaced) / V
     chi2 = float(((counts - expected) ** 2 / expected).sum())
