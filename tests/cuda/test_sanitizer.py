@@ -8,7 +8,7 @@ pytestmark = pytest.mark.slow
 
 
 OPS = ["add_norm", "rope", "cross_entropy", "softmax", "embed", "attention", "attention_decode"]
-OPS += ["attention_sm90", "linear", "ffn"]
+OPS += ["attention_sm90", "attention_bwd_sm90", "linear", "ffn"]
 
 
 @pytest.mark.parametrize("op", OPS)
