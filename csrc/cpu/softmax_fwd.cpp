@@ -224,7 +224,88 @@ struct Forward {
     for (int64_t i = 0; i < count; i++) from_float(-INF, to + i);
   }
 
+  // Vector u of a row of p.N numbers, -INF past its end.
+  FASTTX_INLINE vf vector_of(const T* x, int u) const {
+    const int64_t live = p.N - u * W;
+    if (live >= W) return load(x + u * W);
+    if (live <= 0) return set1(-INF);
+    return select(less(lane_index(), set1i((int)live)), load_partial(x + u * W, (int)live),
+                  set1(-INF));
+  }
+  FASTTX_INLINE void put_vector(T* to, int u, vf y) const {
+    const int64_t live = p.N - u * W;
+    if (live >= W) store(to + u * W, y);
+    else if (live > 0) store_partial(to + u * W, y, (int)live);
+  }
+  // exp(scale * (v - top)) in v, and their sum; the top, 0 where nothing is visible.
+  template <int V, int HERE>
+  FASTTX_INLINE float narrow_sum(const T* x, vf* v, float* top) const {
+    vf m = set1(-INF), sum = {};
+    FASTTX_UNROLL(8)
+    for (int u = 0; u < V; u++) m = max(v[u] = vector_of(x, u), m);
+    *top = top_lane(m);
+    if (*top == -INF) *top = 0.0f;
+    const vf shift = set1(*top), factor = set1(scale * LOG2E);
+    FASTTX_UNROLL(8)
+    for (int u = 0; u < V; u++) sum += v[u] = exp2<HERE>((v[u] - shift) * factor);
+    return sum_lanes(sum);
+  }
+
+  // Rows of at most V vectors stay in registers: three passes through memory took as long as the
+  // arithmetic.
+  template <int V>
+  FASTTX_NOINLINE void narrow_rows(Row r, int64_t count) const {
+    for (; count; count--, r = next_row(p.a->x.sizes, r)) {
+      T* to = address<T>(p.a->out, r);
+      float top;
+      vf v[V];
+      const float sum = narrow_sum<V, DEGREE<T>>(address<T>(p.a->x, r), v, &top);
+      const vf inverse = set1(sum == 0 ? 0.0f : 1.0f / sum);
+      FASTTX_UNROLL(8)
+      for (int u = 0; u < V; u++) put_vector(to, u, v[u] * inverse);
+    }
+  }
+  // The same for the logarithm, which is taken of W rows at once.
+  template <int V>
+  FASTTX_NOINLINE void narrow_log_rows(Row r, int64_t count) const {
+    const vf by = set1(scale);
+    while (count) {
+      const int here = (int)min64(W, count);
+      const T* x[W];
+      T* to[W];
+      alignas(64) float top[W], sum[W] = {}, log_sum[W];
+      for (int i = 0; i < here; i++, r = next_row(p.a->x.sizes, r)) {
+        vf v[V];
+        x[i] = address<T>(p.a->x, r);
+        to[i] = address<T>(p.a->out, r);
+        sum[i] = narrow_sum<V, 6>(x[i], v, &top[i]);
+      }
+      store(log_sum, log2(load(sum)) * set1(LN2));
+      for (int i = 0; i < here; i++) {
+        const vf shift = set1(top[i]), log = set1(log_sum[i]);
+        FASTTX_UNROLL(8)
+        for (int u = 0; u < V; u++)
+          put_vector(to[i], u,
+                     sum[i] == 0 ? set1(-INF) : fms(vector_of(x[i], u) - shift, by, log));
+      }
+      count -= here;
+    }
+  }
+  template <int V>
+  void narrow_rows_of(Row r, int64_t count) const {
+    if (p.a->log) narrow_log_rows<V>(r, count);
+    else narrow_rows<V>(r, count);
+  }
+  bool narrow() const {
+    return plain && !stream && !p.a->causal && p.N <= 8 * W && p.a->out.strides[3] == 1;
+  }
+
   void rows(Row r, int64_t count, float* e, float* t) const {
+    if (narrow()) {
+      if (p.N <= 2 * W) return narrow_rows_of<2>(r, count);
+      if (p.N <= 4 * W) return narrow_rows_of<4>(r, count);
+      return narrow_rows_of<8>(r, count);
+    }
     const int64_t* sizes = p.a->x.sizes;
     for (; count; count--, r = next_row(sizes, r)) {
       const int64_t live = seen(p, r.i[2]);
