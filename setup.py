@@ -331,6 +331,7 @@ setup(
     package_data={
         "fasttx": ["py.typed", "choices.json", "gpu_runs.json"],
         "fasttx.benchmarks": ["*.html"],
+        "fasttx.inspect": ["*.html"],
         "fasttx.kernels": ["tuned.json"],
     },
     ext_modules=extensions(),

@@ -42,6 +42,7 @@ __all__ = [
     "explain",
     "ffn",
     "from_pretrained",
+    "inspect",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
@@ -60,9 +61,9 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """Models and training are imported when they are asked for."""
+    """Models, training and inspect are imported when they are asked for."""
     if name == "from_pretrained":
         return importlib.import_module(".models", __name__).from_pretrained
-    if name in ("models", "training"):
+    if name in ("inspect", "models", "training"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import __version__, native
+from .cli_inspect import inspect
 from .cli_train import train
 
 ENVIRONMENT = {
@@ -53,6 +54,7 @@ explain_app = typer.Typer(
 )
 app.add_typer(explain_app, name="explain")
 app.command()(train)
+app.command()(inspect)
 
 
 @app.callback(invoke_without_command=True)
