@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import fasttx
+from fasttx.choice import promoted
+from fasttx.op import OPS
 from tests.gpu.calls import CALLS, results
 from tests.gpu.test_calls import compare_with_plain
 
@@ -16,6 +18,27 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COMPARED = [n for n, c in CALLS.items() if c.plain is not None]
 # Their doors copy counts to the host, which a capture refuses.
 UNCAPTURABLE = ()
+
+
+def _op_of(text: str) -> str:
+    """The op that a call or a test is named after; attention where none is."""
+    names = sorted({op.public for op in OPS.values()}, key=len, reverse=True)
+    return next((name for name in names if name in text), "attention")
+
+
+@pytest.fixture(params=["triton", "cuda"], autouse=True)
+def first(request, monkeypatch):
+    """The backend whose kernels go first in the op's tables, so that each of them is run."""
+    given = request.node.callspec.params
+    name = _op_of(given.get("name", request.node.originalname))
+    ops = [op for op in OPS.values() if op.public == name]
+    if not any(k.backend == request.param for op in ops for k in op.tables["cuda"]):
+        pytest.skip(f"{name} has no kernels of backend {request.param}")
+    if request.param == "cuda" and given.get("dtype") is torch.float32:
+        pytest.skip("CUDA C++ kernels are for 16 bits")
+    for op in ops:
+        tables = {**op.tables, "cuda": promoted(op.tables["cuda"], request.param)}
+        monkeypatch.setattr(op, "tables", tables)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
