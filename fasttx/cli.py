@@ -23,6 +23,7 @@ ENVIRONMENT = {
     "FASTTX_CPU_ISA": f"force an instruction set: {', '.join(native.LEVELS)}",
     "FASTTX_STRICT": "1: running the reference because every kernel refused is an error",
     "FASTTX_CHECK": "1: check values in CUDA tensors at once, with a sync",
+    "FASTTX_GRAPH": "0: generate runs every step from Python and records none",
     "TRITON_INTERPRET": "1: run the Triton kernels on the CPU, slowly, to test them",
     "FASTTX_CUDA": "at build time: 0 leaves the CUDA kernels out, 1 insists on them",
     "FASTTX_CUDA_ARCHS": 'at build time: architectures for nvcc, "80;90a" unless set',

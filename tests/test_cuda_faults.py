@@ -87,6 +87,7 @@ def test_the_next_backend_runs(probed, monkeypatch):
     kernel = probed(35, "insufficient", 13000, 12040)
     reference = next(k for k in op.tables["cuda"] if k.backend == "reference")
     monkeypatch.setattr(op, "tables", {"cuda": [kernel, reference]})
+    monkeypatch.setattr("fasttx.op._told", set())  # else said once
     with FakeTensorMode():
         x = torch.empty(2, 8, device=DEVICE, dtype=torch.bfloat16)
     args = (x, None, 1.0, False, False, False, False)

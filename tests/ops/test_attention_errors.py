@@ -55,7 +55,7 @@ BAD = {
     "seed type": (ValueError, "seed must be a 64-bit int.*got 'x'", {"seed": "x", "dropout_p": 0.1}),
     "seed large": (ValueError, "seed must be a 64-bit int", {"seed": 2**63, "dropout_p": 0.1}),
     "seed tensor": (ValueError, r"seed must be an int64 tensor of one element, got float32 \(2,\)", {"seed": torch.zeros(2), "dropout_p": 0.1}),
-    "backend": (ValueError, "backend must be None or one of cpu, triton, reference, torch, got 'cudnn'", {"backend": "cudnn"}),
+    "backend": (ValueError, "backend must be None or one of cpu, cuda, triton, reference, torch, got 'cudnn'", {"backend": "cudnn"}),
 }  # fmt: skip
 PACKED = {
     "falls": (ValueError, r"cu_seqlens must start at 0 and never fall, got \[0, 4, 3, 6\]", {"cu_seqlens": torch.tensor([0, 4, 3, 6])}),
