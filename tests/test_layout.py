@@ -70,6 +70,10 @@ RULES = [
     ),
     ("fasttx/integrations", ("fasttx.kernels", "fasttx.reference", "triton")),
     ("fasttx/training", ("fasttx.kernels", "fasttx.reference", "triton", "transformers")),
+    (
+        "fasttx/inspect",
+        ("fasttx.kernels", "fasttx.reference", "triton", "transformers", "matplotlib"),
+    ),
 ]
 
 

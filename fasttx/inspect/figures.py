@@ -58,7 +58,9 @@ def _sides(inspection: Inspection, kind: str) -> tuple[list[int], list[int]]:
 
 
 def _show(inspection, axes, table: Tensor, kind: str, whole: bool) -> None:
-    axes.imshow(table.float().sqrt(), cmap="Blues", vmin=0, aspect="auto" if not whole else "equal")
+    axes.imshow(
+        table.float().sqrt().numpy(), cmap="Blues", vmin=0, aspect="auto" if not whole else "equal"
+    )
     queries, keys = _sides(inspection, kind)
     if whole and max(len(queries), len(keys)) <= _NAMED:
         axes.set_yticks(range(len(queries)), _words(inspection, queries), fontsize=8)
@@ -83,7 +85,7 @@ def _attention(inspection: Inspection, maps: AttentionMaps, head: int):
     q, k = _words(inspection, queries), _words(inspection, keys)
     pairs = [divmod(int(i), table.shape[1]) for i in best.indices]
     names = [f"{q[maps.rows[r]]} \N{RIGHTWARDS ARROW} {k[c]}" for r, c in pairs]
-    right.barh(range(len(names)), best.values, color=_BLUE)
+    right.barh(range(len(names)), best.values.tolist(), color=_BLUE)
     right.set_yticks(range(len(names)), names, fontsize=9)
     right.invert_yaxis()
     right.set_xlim(0, 1)
@@ -97,7 +99,7 @@ def _heads(maps: AttentionMaps):
     figure = _figure(2.8 * columns, 3.1 * lines)
     for head in range(maps.heads):
         axes = figure.add_subplot(lines, columns, head + 1)
-        axes.imshow(_grid(maps)[head].float().sqrt(), cmap="Blues", vmin=0, aspect="auto")
+        axes.imshow(_grid(maps)[head].float().sqrt().numpy(), cmap="Blues", vmin=0, aspect="auto")
         axes.set_xticks([])
         axes.set_yticks([])
         words = f"head {head}: entropy {float(maps.statistics['entropy'][head]):.2f}"
@@ -124,7 +126,7 @@ def _statistics(inspection: Inspection, kind: str):
     for i, name in enumerate(names):
         axes = figure.add_subplot(1, len(names), i + 1)
         table = torch.stack([m.statistics[name] for m in layers])
-        figure.colorbar(axes.imshow(table, cmap="viridis", aspect="auto"), ax=axes)
+        figure.colorbar(axes.imshow(table.numpy(), cmap="viridis", aspect="auto", vmin=0), ax=axes)
         axes.set_title(name if name in ("entropy", "distance") else f"to {name}", fontsize=10)
         axes.set_xlabel("head")
         axes.set_ylabel("layer")
