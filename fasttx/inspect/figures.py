@@ -81,6 +81,9 @@ def _attention(inspection: Inspection, maps: AttentionMaps, head: int):
     table = table.double().clone()
     if maps.kind != "cross":
         table[torch.arange(len(maps.rows)), maps.rows] = 0
+    for side, ids in ((0, [queries[r] for r in maps.rows]), (1, keys)):
+        hidden = [i for i, token in enumerate(ids) if token in inspection.special]
+        table.index_fill_(side, torch.tensor(hidden, dtype=torch.int64), 0)
     best = table.flatten().topk(min(14, table.numel()))
     q, k = _words(inspection, queries), _words(inspection, keys)
     pairs = [divmod(int(i), table.shape[1]) for i in best.indices]
@@ -89,7 +92,7 @@ def _attention(inspection: Inspection, maps: AttentionMaps, head: int):
     right.set_yticks(range(len(names)), names, fontsize=9)
     right.invert_yaxis()
     right.set_xlim(0, 1)
-    right.set_title("strongest links", fontsize=10)
+    right.set_title("strongest links between words", fontsize=10)
     return figure
 
 

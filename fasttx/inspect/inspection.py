@@ -23,9 +23,10 @@ class Inspection:
     """What was seen.
 
     tokens, target: the ids of the text, and of what the decoder read (seq2seq), with their written
-    forms in words. maps: of each attention, in the order it ran. rollout: {"encoder": [S,S],
-    "decoder": ...}, grids above 512 tokens. distributions: of the next token after each of the last
-    64 places, or of each masked one. speaks: whether the model has logits of words at all.
+    forms in words; special: those that text does not hold, as [CLS]. maps: of each attention, in
+    the order it ran. rollout: {"encoder": [S,S], "decoder": ...}, grids above 512 tokens.
+    distributions: of the next token after each of the last 64 places, or of each masked one.
+    speaks: whether the model has logits of words at all.
     """
 
     model: str
@@ -34,6 +35,7 @@ class Inspection:
     tokens: list[int]
     target: list[int]
     words: dict[int, str]
+    special: frozenset[int]
     maps: list[AttentionMaps]
     rollout: dict[str, Tensor]
     space: Space
@@ -160,6 +162,7 @@ def _look(subject, tokenizer, text, ids, decoder, rows, top_k, max_new_tokens) -
         tokens=ids,
         target=[] if target is None else last,
         words={i: _word(tokenizer, i) for i in sorted(seen)},
+        special=frozenset(seen & tokenizer.special_ids),
         maps=maps,
         rollout={kind: r.table() for kind, r in rollouts.items()},
         space=found,

@@ -33,6 +33,7 @@ def html(inspection: Inspection, *, layer: int | None = None, head: int | None =
         "words": {str(i): word for i, word in inspection.words.items()},
         "tokens": inspection.tokens,
         "target": inspection.target,
+        "special": sorted(inspection.special),
         "facts": _facts(inspection),
         "first": {"kind": kind, "layer": layer, "head": head},
         "layers": {k: [_layer(m, links) for m in inspection.layers(k)] for k in inspection.kinds},

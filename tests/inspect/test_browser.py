@@ -62,6 +62,8 @@ pick("head", "1"); seen.otherHead = picture(); hover(5); seen.five = links();
 seen.chosen = get("queries").querySelector(".chosen").dataset.i; seen.tip = get("tip").textContent;
 seen.shaded = get("queries").querySelectorAll("i").length;
 hover(9); seen.nine = links();
+get("special").checked = true; get("special").dispatchEvent(new Event("change"));
+seen.strong = [...get("strong").children].map(b => b.title);
 pick("layer", "0"); seen.otherLayer = picture(); seen.module = get("module").textContent;
 get("heads").children[0].click(); seen.clicked = get("head").value;
 pick("layer", "rollout"); seen.rollout = links();
@@ -81,6 +83,9 @@ seen.tokens = get("tokens").rows.length;
     assert seen["chosen"] == "5" and seen["shaded"] == 6
     assert seen["tip"].startswith(f"{words[5]} → {words[best[0]]}")
     assert seen["nine"] != seen["five"]
+    links = found.maps[1].full[1].clone().fill_diagonal_(0)
+    first = divmod(int(links.argmax()), links.shape[1])
+    assert seen["strong"][0] == f"{first[0]} → {first[1]}" and len(seen["strong"]) == 12
     assert seen["module"] == "transformer.stack.layers.0.attention" and seen["clicked"] == "0"
     assert len(seen["rollout"]) == 10
     cold = found.distributions[-1].probabilities(0.1)[0]
@@ -104,3 +109,19 @@ seen.head = get("head").value;
     p = found.layers("decoder")[0].full[int(seen["head"]), 3]
     visible = int(((p.sqrt() * 255).round() > 0).sum())
     assert seen["none"] == 0 and seen["decoder"] == visible
+
+
+def test_special_tokens_are_left_out_of_the_strongest_links(tmp_path):
+    found = look(ours("bert", tmp_path), tokenizer(), "<s> the book <mask> the student </s>")
+    seen = run(html(found), """
+const strong = () => [...get("strong").children].map(b => b.title);
+seen.words = strong();
+get("special").checked = true; get("special").dispatchEvent(new Event("change"));
+seen.all = strong();
+seen.masked = get("nexttitle").textContent; seen.bars = get("bars").children.length;
+""", tmp_path)  # fmt: skip
+    assert seen["errors"] == []
+    places = {int(i) for link in seen["words"] for i in link.split(" → ")}
+    assert places == {1, 2, 4, 5} and len(seen["words"]) == 12
+    assert seen["all"] != seen["words"]
+    assert seen["masked"] == "The masked word" and seen["bars"] > 5
