@@ -46,7 +46,8 @@ def html(inspection: Inspection, *, layer: int | None = None, head: int | None =
     }
     data = json.dumps(pieces, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     template = resources.files(__package__).joinpath("page.template.html").read_text("utf-8")
-    title = markup.escape(f"{inspection.model}: {inspection.text[:80]}")
+    text = inspection.text if len(inspection.text) <= 100 else inspection.text[:99] + "…"
+    title = markup.escape(f"{inspection.model}: {text}")
     page = template.replace("{{title}}", title).replace("{{data}}", data)
     if (size := len(page.encode())) > LARGEST:
         raise ValueError(

@@ -107,10 +107,8 @@ class Subject:
 
     def write(self, ids: Tensor, count: int) -> Tensor:
         """What a seq2seq model writes for ids, greedily: [n], the start token in front."""
-        out = self.model.generate(ids[None], max_new_tokens=count, do_sample=False, num_beams=1)
-        out = out[0]
-        start = self.start()
-        return out if int(out[0]) == start else torch.cat((out.new_tensor([start]), out))
+        options = {"max_new_tokens": count, "do_sample": False, "num_beams": 1}
+        return self.model.generate(ids[None], **options)[0]
 
     def start(self) -> int:
         """The token a seq2seq model's decoder begins with."""

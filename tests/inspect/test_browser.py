@@ -97,7 +97,13 @@ def test_cross_attention_and_long_texts(tmp_path):
     found = look(ours("t5", tmp_path), tokenizer(), long(600), rows=[3, 40], target=TEXT)
     seen = run(html(found), """
 seen.kind = get("kind").value; seen.first = links().length;
-pick("kind", "encoder"); hover(40); seen.kept = links().length; seen.tip = get("tip").textContent;
+pick("kind", "encoder");
+const box = get("queries"), lines = new Set([...box.children].map(w => w.offsetTop));
+seen.lines = lines.size; seen.fits = box.scrollWidth <= box.clientWidth;
+seen.rows = [...get("row").options].map(o => o.value);
+seen.marked = [...box.querySelectorAll(".kept")].map(w => w.dataset.i);
+pick("row", "3"); seen.chosen = box.querySelector(".chosen").dataset.i;
+hover(40); seen.kept = links().length; seen.tip = get("tip").textContent;
 hover(41); seen.missing = get("tip").textContent; seen.none = links().length;
 pick("layer", "rollout"); pick("layer", "0");
 pick("kind", "decoder"); hover(3); seen.decoder = links().length;
@@ -105,6 +111,8 @@ seen.head = get("head").value;
 """, tmp_path)  # fmt: skip
     assert seen["errors"] == [] and seen["loaded"] == []
     assert seen["kind"] == "cross" and seen["kept"] == 10
+    assert seen["lines"] > 5 and seen["fits"]
+    assert seen["rows"] == seen["marked"] == ["3", "40"] and seen["chosen"] == "3"
     assert seen["missing"] == "Position 41 is not among the rows that were kept: 3, 40."
     p = found.layers("decoder")[0].full[int(seen["head"]), 3]
     visible = int(((p.sqrt() * 255).round() > 0).sum())
@@ -125,3 +133,13 @@ seen.masked = get("nexttitle").textContent; seen.bars = get("bars").children.len
     assert places == {1, 2, 4, 5} and len(seen["words"]) == 12
     assert seen["all"] != seen["words"]
     assert seen["masked"] == "The masked word" and seen["bars"] > 5
+
+
+def test_a_text_without_a_mask(tmp_path):
+    found = look(ours("bert", tmp_path), tokenizer(), TEXT)
+    seen = run(html(found), """
+seen.words = get("bars").textContent; seen.slider = get("temperature").offsetHeight;
+seen.row = get("row").offsetHeight; seen.next = get("next").offsetHeight;
+""", tmp_path)  # fmt: skip
+    assert seen["errors"] == [] and "no mask in the text" in seen["words"]
+    assert seen["slider"] == seen["row"] == 0 and seen["next"] > 0
