@@ -103,7 +103,8 @@ seen.lines = lines.size; seen.fits = box.scrollWidth <= box.clientWidth;
 seen.rows = [...get("row").options].map(o => o.value);
 seen.marked = [...box.querySelectorAll(".kept")].map(w => w.dataset.i);
 pick("row", "3"); seen.chosen = box.querySelector(".chosen").dataset.i;
-hover(40); seen.kept = links().length; seen.tip = get("tip").textContent;
+pick("head", "1"); hover(3); seen.three = links(); hover(40);
+seen.kept = links().length;
 hover(41); seen.missing = get("tip").textContent; seen.none = links().length;
 pick("layer", "rollout"); pick("layer", "0");
 pick("kind", "decoder"); hover(3); seen.decoder = links().length;
@@ -114,6 +115,12 @@ seen.head = get("head").value;
     assert seen["lines"] > 5 and seen["fits"]
     assert seen["rows"] == seen["marked"] == ["3", "40"] and seen["chosen"] == "3"
     assert seen["missing"] == "Position 41 is not among the rows that were kept: 3, 40."
+    p = found.layers("encoder")[1].probabilities(3)[1]
+    # Neighbours in rank may be one step of the page's 8 bits apart.
+    for (name, share), value in zip(seen["three"], p.sort(descending=True).values, strict=False):
+        shown, j = float(share.removesuffix(" %")) / 100, int(name.split()[-1])
+        assert shown == pytest.approx(float(p[j]), abs=0.004)
+        assert shown == pytest.approx(float(value), abs=0.004)
     p = found.layers("decoder")[0].full[int(seen["head"]), 3]
     visible = int(((p.sqrt() * 255).round() > 0).sum())
     assert seen["none"] == 0 and seen["decoder"] == visible

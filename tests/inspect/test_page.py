@@ -61,6 +61,8 @@ def test_words_cannot_leave_their_place(tmp_path):
     found = look(ours("gpt2", tmp_path), tokenizer(), "the book </script><script>alert(1)")
     page = html(found)
     assert page.count("<script") == 2
+    raw = page.partition('id="data">')[2].partition("</script>")[0]
+    assert "<" not in raw and "<unk>" in data(page)["words"].values()
     assert "alert" in page and "<title>CausalLM: the book &lt;/script&gt;" in page
 
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+import fasttx
 from fasttx.inspect import look
 from fasttx.inspect.words import TEMPERATURES, distribution, space
-from tests.inspect.small import TEXT, ours, theirs, tokenizer
+from tests.inspect.small import TEXT, long, ours, theirs, tokenizer
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -63,3 +64,34 @@ def test_the_models_own_logits_are_shown(family, tmp_path):
         wanted, ids = logits[d.place].softmax(-1).topk(3)
         assert d.ids == ids.tolist()
         assert d.probabilities(1.0) == pytest.approx(wanted.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("count", [10, 100])
+def test_patched_models_show_the_last_places(count):
+    model = theirs("bloom")
+    fasttx.patch(model)
+    found = look(model, tokenizer(), long(count), top_k=1)
+    with torch.no_grad():
+        logits = theirs("bloom").double()(torch.tensor([found.tokens])).logits[0]
+    assert [d.place for d in found.distributions] == list(range(max(0, count - 64), count))
+    for d in found.distributions:
+        assert d.logits[0] == pytest.approx(float(logits[d.place].max()), abs=1e-3)
+        assert float(logits[d.place, d.ids[0]]) == pytest.approx(d.logits[0], abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["fasttx", "patched"])
+def test_a_model_without_a_language_head_shows_none(kind, tmp_path):
+    theirs("bert").bert.save_pretrained(tmp_path)
+    tokenizer().save(tmp_path)
+    found = look(*fasttx.inspect.load(tmp_path, patched=kind == "patched"), TEXT)
+    assert not found.speaks and found.distributions == []
+    assert len(found.maps) == 2
+
+
+def test_half_precision():
+    model = theirs("gpt2").bfloat16()
+    fasttx.patch(model)
+    found = look(model, tokenizer(), TEXT)
+    for maps in found.maps:
+        torch.testing.assert_close(maps.full.sum(-1), torch.ones(2, 16), rtol=0, atol=5e-3)
+    torch.testing.assert_close(found.rollout["decoder"].sum(-1), torch.ones(16), rtol=0, atol=0.03)
