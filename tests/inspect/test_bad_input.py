@@ -10,9 +10,9 @@ from tests.inspect.small import TEXT, long, ours, theirs, tokenizer
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 
-@pytest.fixture
-def model(tmp_path):
-    model = ours("gpt2", tmp_path)
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    model = ours("gpt2", tmp_path_factory.mktemp("gpt2"))
     model.forward = None  # running it would be another error
     return model
 

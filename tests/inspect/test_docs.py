@@ -14,7 +14,13 @@ TEXT = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text()
 COMMANDS = [shlex.split(line) for line in re.findall(r"^    fasttx (.*)$", TEXT, re.MULTILINE)]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: Path(c[1]).name)
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(c, id=Path(c[1]).name, marks=[] if "t5" in c[1] else [pytest.mark.slow])
+        for c in COMMANDS
+    ],
+)
 def test_commands_run(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     family = Path(command[1]).name
