@@ -11,7 +11,6 @@ from tests.inspect.small import FAMILIES, SEQ2SEQ, TEXT, long, ours, theirs, tok
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("tokenizers", reason="tokenizers is not installed")
-SLOW = pytest.mark.slow
 TARGET = "the teacher read to the student"
 
 
@@ -57,9 +56,7 @@ def multiplied(layers: list) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["fasttx", "patched"])
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=[SLOW] if f == "roberta" else []) for f in FAMILIES]
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_maps_and_rollout_are_those_of_softmax(family, own, tmp_path):
     found = inspected(family, own, tmp_path)
     wanted, plain = eager(family, found), eager(family, found, torch.float32)
@@ -92,15 +89,8 @@ def test_statistics_are_those_of_the_map(tmp_path):
         torch.testing.assert_close(maps.favourite_shares, p.mean(1).topk(3).values)
 
 
-@pytest.mark.parametrize(
-    ("family", "own"),
-    [
-        ("bloom", False),
-        ("t5", True),
-        pytest.param("bloom", True, marks=SLOW),
-        pytest.param("t5", False, marks=SLOW),
-    ],
-)
+@pytest.mark.parametrize("own", [True, False], ids=["fasttx", "patched"])
+@pytest.mark.parametrize("family", ["bloom", "t5"])
 def test_long_texts_have_grids_and_exact_rows(family, own, tmp_path):
     found = inspected(family, own, tmp_path, long(600), rows=[0, 17, -1])
     wanted, plain = eager(family, found), eager(family, found, torch.float32)

@@ -29,7 +29,7 @@ def loads_nothing(page: str) -> bool:
     return not re.search(r"https?:|//\w|\bsrc=|href=|@import|url\(|fetch\(|XMLHttp|import\(", code)
 
 
-@pytest.mark.parametrize("family", ["bert", "t5"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
 def test_numbers_are_the_maps(family, tmp_path):
     found = look(ours(family, tmp_path), tokenizer(), TEXT)
     page = html(found, layer=0, head=1)

@@ -50,7 +50,7 @@ def test_probabilities_are_softmax_at_every_temperature():
 
 
 @pytest.mark.filterwarnings("ignore:fasttx.* runs on the plain PyTorch reference")
-@pytest.mark.parametrize("family", ["bert", "t5"])
+@pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
 def test_the_models_own_logits_are_shown(family, tmp_path):
     model = ours(family, tmp_path).double()
     text = TEXT.replace("teacher", "<mask>") if family == "bert" else TEXT
