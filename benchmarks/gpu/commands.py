@@ -64,6 +64,7 @@ def build(command: list[str]) -> dict[str, Any]:
 
 def suites(root: Path = ROOT) -> list[Item]:
     items = [_test_item(f"gpu_{b}", ["tests/gpu", "-k", b], {}) for b in ("triton", "cuda")]
+    items.append(_test_item("emulator", ["tests/gpu/test_emulator.py"], {}))
     for path in sorted((root / "tests/ops").glob("test_*.py")):
         # What tests the C++ kernels by themselves has no GPU.
         if not path.stem.startswith("test_cpu_"):

@@ -54,7 +54,8 @@ def pointer(t: Tensor) -> POINTER:
 
 def checked(status: int) -> None:
     if status > 0:
-        raise RuntimeError(library().emulator_error().decode())
+        error = getattr(library(), "emulator_error", None)  # a card's library has none
+        raise RuntimeError(error().decode() if error else f"cudaError {status}")
     assert status == 0, f"no such kernel ({status})"
 
 
@@ -62,7 +63,8 @@ def gemm_mma(a: Tensor, b: Tensor, transposed: bool = False, bug: int = 0):
     """(a b^T [M, N], its row sums), and a row of guards after each."""
     M, K = a.shape if not transposed else reversed(a.shape)
     N = b.shape[0]
-    c, sums = torch.full((M + 1, N), torch.nan), torch.zeros(M)
+    c = torch.full((M + 1, N), torch.nan, device=a.device)
+    sums = torch.zeros(M, device=a.device)
     checked(
         library().emulator_gemm_mma(
             pointer(a), pointer(b), pointer(c), pointer(sums), M, N, K,
@@ -81,7 +83,7 @@ def gemm_wgmma(
     M, K = a.shape
     N = b.shape[1] if transposed else b.shape[0]
     c = (
-        torch.full((M + 1, N), torch.nan)
+        torch.full((M + 1, N), torch.nan, device=a.device)
         if onto is None
         else torch.cat([onto, onto[:1] * torch.nan])
     )
@@ -97,12 +99,12 @@ def gemm_wgmma(
 
 def bulk_add(x: Tensor, onto: Tensor, bug: int = 0) -> Tensor:
     """onto [N] + 2 x.sum(0), x [chunks, N], added chunk by chunk in their order."""
-    to, counters = onto.clone(), torch.zeros(2, dtype=torch.int32)
+    to, counters = onto.clone(), torch.zeros(2, dtype=torch.int32, device=x.device)
     checked(library().emulator_bulk_add(pointer(x), pointer(to), pointer(counters), *x.shape, bug))
     return to
 
 
-def lanes(which: int) -> list[int]:
-    out = torch.full((96 + 8,), -7, dtype=torch.int32)
+def lanes(which: int, device: str = "cpu") -> list[int]:
+    out = torch.full((96 + 8,), -7, dtype=torch.int32, device=device)
     checked(library().emulator_lanes(pointer(out), which))
     return out[:96].tolist()
