@@ -57,7 +57,8 @@ def compiled(source: Path) -> tuple[list[Resources], dict[str, str]]:
         if done.returncode:
             raise RuntimeError(f"{source.name}: nvcc failed\n{done.stdout}{done.stderr}")
         # Products that wait for each other, or registers that stay where they are: only said so.
-        if lost := re.findall(r".*(?:wgmma.*serialized|setmaxnreg.*ignored).*", done.stderr):
+        lost = re.findall(r".*(?:wgmma.*serialized|setmaxnreg.*ignored).*", done.stderr)
+        if lost and source.is_relative_to(CUDA):  # the emulator's demonstrations need not be fast
             raise RuntimeError(f"{source.name}: {lost[0]}")
         names = [f"{source.stem}.compute_{a}.ptx" for a in archs]
         if len(archs) == 1:

@@ -72,7 +72,8 @@ def test_instructions_are_there(source, arch, instructions):
 
 
 def test_no_float_atomics():
-    """Gradients are the same bits in every run."""
+    """Gradients are the same bits in every run. Counters of turns are whole numbers, and the bulk
+    reduce-add of dq, which deterministic algorithms put in order, is another instruction."""
     for (source, _), text in everything()[1].items():
         if (ROOT / "csrc/cuda" / source).is_file():
-            assert not re.search(r"\b(atom|red)\.", text), source
+            assert not re.search(r"\b(atom|red)\.\S*\.b?f(16|32|64)", text), source

@@ -29,7 +29,7 @@ struct Gemm {
 };
 
 template <class T, int COLUMNS, int SWIZZLE, int TRANSPOSED>
-__global__ void __launch_bounds__(256) gemm_wgmma(const __grid_constant__ Gemm g) {
+__global__ void __launch_bounds__(256, 1) gemm_wgmma(const __grid_constant__ Gemm g) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   FASTTX_SHARED(shared);
   constexpr Swizzle SW = static_cast<Swizzle>(SWIZZLE);
