@@ -115,7 +115,9 @@ def test_every_item_is_there_once_and_can_be_repeated():
     keys = [i.key for i in items]
     assert len(set(keys)) == len(keys)
     assert all(i.reproduce and i.seconds <= 600 for i in items)
-    assert {"test/gpu_cuda", "test/test_attention", "sanitize/racecheck", "bench/limits"} <= set(keys)
+    assert {"test/gpu_cuda", "test/test_attention", "sanitize/racecheck", "bench/limits"} <= set(
+        keys
+    )
     assert json.dumps([i.arguments for i in items])
 
 
