@@ -157,7 +157,7 @@ FASTTX_NOINLINE void plain_row(const Backward& p, int64_t m, const Row& r, const
     for (; n + 2 * W <= whole; n += 2 * W) {
       fetch(n, 2);
       if (sizeof(T) == 4) fetch(n + W, 2);
-      store_two<STREAM>(dx + n, d(n, xhat(n), load(dout + n)),
+      store_two<STREAM, true>(dx + n, d(n, xhat(n), load(dout + n)),
                         d(n + W, xhat(n + W), load(dout + n + W)));
     }
   for (; n < whole; n += W) {
@@ -203,9 +203,7 @@ void part(const Backward& p, int64_t index, const Row& r) {
     for (int64_t m = first; m < min64(end, first + GROUP); m++) row(p, m, r, group);
     for (int64_t n = 0; n < floats; n += W) store(total + n, load(total + n) + load(r.group + n));
   }
-#if FASTTX_AVX512
-  _mm_sfence();
-#endif
+  end_of_stream();
 }
 
 void finish(const Backward& p) {

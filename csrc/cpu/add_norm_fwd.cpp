@@ -25,7 +25,7 @@ FASTTX_INLINE void normalize(const Parameters& p, vf mean, vf rstd, const float*
     return fma((load(z + n) - mean) * rstd, load(p.weight + n), load(p.bias + n));
   };
   int64_t n = 0;
-  for (; n + 2 * W <= N; n += 2 * W) store_two<STREAM>(out + n, f(n), f(n + W));
+  for (; n + 2 * W <= N; n += 2 * W) store_two<STREAM, true>(out + n, f(n), f(n + W));
   for (; n < N; n += W)
     if (n + W <= N) store(out + n, f(n));
     else store_partial(out + n, f(n), (int)(N - n));
@@ -142,9 +142,7 @@ int forward(const Problem& p) {
       for (int64_t m = item * rows; m < end; m += ROWS) plain_rows<T>(p, m, streaming, memory);
     else
       for (int64_t m = item * rows; m < end; m++) any_row<T>(p, m, streaming, memory);
-#if FASTTX_AVX512
-    if (streaming) _mm_sfence();
-#endif
+    if (streaming) end_of_stream();
   });
   return status;
 }

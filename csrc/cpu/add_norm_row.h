@@ -3,6 +3,7 @@
 #include "cpu/add_norm.h"
 #include "cpu/parallel.h"
 #include "cpu/philox.h"
+#include "cpu/stream.h"
 #include "cpu/vec.h"
 #include "fasttx.h"
 
@@ -81,52 +82,6 @@ FASTTX_INLINE bool streams(const Problem& p, const fasttx_rows& to, int tensors)
 #else
   (void)p, (void)to, (void)tensors;
   return false;
-#endif
-}
-
-// Two vectors side by side, past the cache where STREAM.
-template <bool STREAM>
-FASTTX_INLINE void store_two(float* p, vf a, vf b) {
-#if FASTTX_AVX512
-  if (STREAM) {
-    _mm512_stream_ps(p, (__m512)a);
-    _mm512_stream_ps(p + W, (__m512)b);
-    return;
-  }
-#endif
-  store(p, a);
-  store(p + W, b);
-}
-template <bool STREAM>
-FASTTX_INLINE void store_two(bf16* p, vf a, vf b) {
-#if FASTTX_AVX512
-  __m512i both;
-#if defined(__AVX512BF16__)
-  // The instruction flushes subnormals.
-  constexpr int SUBNORMAL = 0x20;
-  if (__builtin_expect(!(_mm512_fpclass_ps_mask((__m512)a, SUBNORMAL) |
-                         _mm512_fpclass_ps_mask((__m512)b, SUBNORMAL)), 1))
-    both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-  else
-#endif
-    both = _mm512_inserti64x4(_mm512_castsi256_si512(round_bf16(a)), round_bf16(b), 1);
-  if (STREAM) _mm512_stream_si512((__m512i*)p, both);
-  else _mm512_storeu_si512(p, both);
-#else
-  store(p, a);
-  store(p + W, b);
-#endif
-}
-template <bool STREAM>
-FASTTX_INLINE void store_two(f16* p, vf a, vf b) {
-#if FASTTX_AVX512
-  const __m512i both = _mm512_inserti64x4(
-      _mm512_castsi256_si512(_mm512_cvtps_ph((__m512)a, 0)), _mm512_cvtps_ph((__m512)b, 0), 1);
-  if (STREAM) _mm512_stream_si512((__m512i*)p, both);
-  else _mm512_storeu_si512(p, both);
-#else
-  store(p, a);
-  store(p + W, b);
 #endif
 }
 

@@ -7,8 +7,9 @@
 namespace fasttx::FASTTX_ISA {
 namespace {
 
-// STREAM needs p on a 64-byte boundary, and AVX-512.
-template <bool STREAM>
+// STREAM needs p on a 64-byte boundary, and AVX-512. Without EXACT, bf16 numbers below 2^-126 may
+// become 0.
+template <bool STREAM, bool EXACT = false>
 FASTTX_INLINE void store_two(float* p, vf a, vf b) {
 #if FASTTX_AVX512
   if (STREAM) {
@@ -20,15 +21,19 @@ FASTTX_INLINE void store_two(float* p, vf a, vf b) {
   store(p, a);
   store(p + W, b);
 }
-// Numbers below 2^-126 may become 0.
-template <bool STREAM>
+template <bool STREAM, bool EXACT = false>
 FASTTX_INLINE void store_two(bf16* p, vf a, vf b) {
 #if FASTTX_AVX512
+  __m512i both;
 #if defined(__AVX512BF16__)
-  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-#else
-  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(round_bf16(a)), round_bf16(b), 1);
+  // The instruction flushes subnormals.
+  constexpr int SUBNORMAL = 0x20;
+  if (!EXACT || __builtin_expect(!(_mm512_fpclass_ps_mask((__m512)a, SUBNORMAL) |
+                                   _mm512_fpclass_ps_mask((__m512)b, SUBNORMAL)), 1))
+    both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  else
 #endif
+    both = _mm512_inserti64x4(_mm512_castsi256_si512(round_bf16(a)), round_bf16(b), 1);
   if (STREAM) _mm512_stream_si512((__m512i*)p, both);
   else _mm512_storeu_si512(p, both);
 #else
@@ -36,7 +41,7 @@ FASTTX_INLINE void store_two(bf16* p, vf a, vf b) {
   store(p + W, b);
 #endif
 }
-template <bool STREAM>
+template <bool STREAM, bool EXACT = false>
 FASTTX_INLINE void store_two(f16* p, vf a, vf b) {
 #if FASTTX_AVX512
   const __m512i both = _mm512_inserti64x4(
