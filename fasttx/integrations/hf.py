@@ -14,12 +14,12 @@ from functools import partial
 
 from torch import nn
 
+from ..layers._fit import MAX_HEAD_SIZE
 from .hf_families import ATTENTION, CLASSES, FAMILIES, LOGITS, Attention
 from .report import Found
 from .torch_nn import is_listed
 
 _PREVIOUS = "_fasttx_previous"  # {name of the config's holder in its owner: implementation before}
-_LARGEST_HEAD = 256
 _HERE = f"{__package__}."
 
 
@@ -189,8 +189,8 @@ def _why_not(module: nn.Module) -> str | None:
     # accelerate's wrapper, known by its _hf_hook, calls the forward that was there before it
     elif "forward" in vars(module) and not hasattr(module, "_hf_hook"):
         return "its forward was replaced on the instance"
-    if (size := getattr(module, known.head_size)) > _LARGEST_HEAD:
-        return f"its head size {size} is above {_LARGEST_HEAD}, the kernels' largest"
+    if (size := getattr(module, known.head_size)) > MAX_HEAD_SIZE:
+        return f"its head size {size} is above {MAX_HEAD_SIZE}, the kernels' largest"
     return None
 
 

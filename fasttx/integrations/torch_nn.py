@@ -7,6 +7,7 @@ from functools import partial
 from torch import nn
 
 from .. import layers
+from ..layers._fit import MAX_HEAD_SIZE
 from .report import Found
 
 _ATTENTION = {nn.MultiheadAttention: layers.MultiheadAttention}
@@ -20,7 +21,6 @@ _NORMS = {nn.LayerNorm: layers.LayerNorm, nn.RMSNorm: layers.RMSNorm}
 _TRANSFORMERS = _ATTENTION | _STACKS
 _FASTER = _TRANSFORMERS | _NORMS
 _PREVIOUS = "_fasttx_class"
-_LARGEST_HEAD = 256
 
 
 def is_listed(module: nn.Module) -> bool:
@@ -61,6 +61,6 @@ def _why_not(module: nn.Module, kind: type) -> str | None:
         return f"{kind.__name__} is a subclass of {base.__name__}, the class that is replaced"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
-    if kind in _ATTENTION and (size := module.head_dim) > _LARGEST_HEAD:
-        return f"its head size {size} is above {_LARGEST_HEAD}, the kernels' largest"
+    if kind in _ATTENTION and (size := module.head_dim) > MAX_HEAD_SIZE:
+        return f"its head size {size} is above {MAX_HEAD_SIZE}, the kernels' largest"
     return None
