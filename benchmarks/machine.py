@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from fasttx.machine import cpu_class_of, cpuinfo, isa
+
 PACKAGES = ("fasttx", "torch", "triton", "transformers", "numpy")
 
 
 def describe() -> dict[str, Any]:
-    cpu = _cpuinfo()
+    cpu = cpuinfo()
     flags = set(cpu.get("flags", "").split())
     facts: dict[str, Any] = {
         "cpu": cpu.get("model name", platform.processor() or platform.machine()),
@@ -47,42 +49,11 @@ def describe() -> dict[str, Any]:
     return facts
 
 
-def isa(flags: set[str]) -> str:
-    """The best instruction set of those fasttx builds for."""
-    if "amx_bf16" in flags:
-        return "amx_bf16"
-    if "avx512_bf16" in flags:
-        return "avx512_bf16"
-    if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
-        return "avx512"
-    return "avx2" if {"avx2", "fma"} <= flags else "baseline"
-
-
 def machine_class(facts: dict[str, Any]) -> str:
     """The folder name results are kept under, e.g. cpu-amd-zen5-avx512_bf16."""
     if "gpu" in facts:
         return "gpu-" + facts["gpu"].lower().replace(" ", "-")
-    name = facts["cpu"].lower()
-    vendor = next((v for v in ("amd", "intel", "arm", "apple") if v in name), platform.machine())
-    core = _core_name(vendor, facts["cpu_family"], facts["cpu_model"])
-    return "-".join(part for part in ("cpu", vendor, core, facts["isa"]) if part)
-
-
-def _core_name(vendor: str, family: int, model: int) -> str:
-    if vendor == "amd" and family == 26:
-        return "zen5"
-    if vendor == "amd" and family == 25:
-        return "zen4" if model in range(0x10, 0x20) or model >= 0x60 else "zen3"
-    return f"family{family}-model{model}" if family >= 0 else ""
-
-
-def _cpuinfo() -> dict[str, str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-    except OSError:
-        return {}
-    pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
-    return {key.strip(): value.strip() for key, value in pairs}
+    return cpu_class_of(facts["cpu"], facts["cpu_family"], facts["cpu_model"], facts["isa"])
 
 
 def _version(name: str) -> str | None:

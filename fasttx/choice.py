@@ -1,77 +1,203 @@
 """Which kernel of an op is the fastest for a call, where that was measured: data, not code.
 
-fasttx/choices.json holds a list of entries by op. The first one that fits a call names the backend
-that goes first in the op's table there; `Needs` still has the last word.
+The first entry that fits a call names the backend that goes first in the op's table there; `Needs`
+still has the last word. Entries come from tables (fasttx/choice_tables.py): the user's, made by
+`fasttx tune`, for the ops that it measured on this many threads, and the committed one for the
+others. FASTTX_TUNE=0 leaves both alone.
 
-    {"card": "NVIDIA H200", "dtype": "bfloat16", "sizes": {"x.0": [1024, 65536]},
-     "given": {"activation": [0], "residual": false}, "backend": "torch",
-     "measured": {"ms": {"torch": 0.31, "triton": 0.36}, "commit": "...", "torch": "2.11.0"}}
-
-sizes: bounds on dimensions, both included. given: the values that a number or flag may have, or
-whether a tensor is there. An entry without its measurement is an error.
+What fits: dtypes of arguments; sizes, bounds on dimensions, both included ("x.0", "x.-1",
+"x.rows" the product of all dimensions but the last, "x.numel" of all); given, the values that a
+number or flag may have, or whether a tensor is there; layout, how a tensor lies in memory: "rows"
+(its last dimension is contiguous), "columns" (the one before is), "other".
 """
 
 import functools
-import json
-from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
-from .kernel import Kernel, _dimension, short
+from . import choice_tables, machine
+from .kernel import Kernel, short
 
-CHOICES = Path(__file__).with_name("choices.json")
+_DTYPES = {short(d): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An entry ready for calls; arguments by number. of: words about its measurement."""
+
+    backend: str
+    threads: int
+    dtypes: tuple[tuple[int, torch.dtype], ...]
+    sizes: tuple[tuple[int, str, int, int], ...]
+    given: tuple[tuple[int, bool | tuple], ...]
+    layout: tuple[tuple[int, str], ...]
+    of: str
+
+    def fits(self, args: tuple) -> bool:
+        if self.threads and torch.get_num_threads() != self.threads:
+            return False
+        for i, dtype in self.dtypes:
+            if args[i] is None or args[i].dtype is not dtype:
+                return False
+        for i, dim, low, high in self.sizes:
+            if args[i] is None or not low <= size(args[i], dim) <= high:
+                return False
+        for i, allowed in self.given:
+            value = args[i]
+            if isinstance(allowed, bool):
+                if (value is not None and value is not False) is not allowed:
+                    return False
+            elif value not in allowed:
+                return False
+        return all(args[i] is not None and layout(args[i]) == how for i, how in self.layout)
+
+
+def size(t: torch.Tensor, dim: str) -> int:
+    """-1 for a dimension that it does not have."""
+    if dim == "numel":
+        return t.numel()
+    shape = t.shape
+    if dim == "rows":
+        return shape[:-1].numel() if shape else -1
+    at = int(dim)
+    return shape[at] if -len(shape) <= at < len(shape) else -1
+
+
+def layout(t: torch.Tensor) -> str:
+    if not t.dim() or t.stride(-1) == 1:
+        return "rows"
+    return "columns" if t.dim() > 1 and t.stride(-2) == 1 else "other"
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What was read: the tables, and what to say of the user's file where it does not count."""
+
+    committed: tuple[dict, ...]
+    users: tuple[dict, ...]
+    damaged: str | None = None
 
 
 @functools.cache
-def choices() -> dict[str, list[dict]]:
-    return read(CHOICES.read_text())
+def tables() -> Tables:
+    """Both files, read once a process. A damaged file of the user is ignored with a warning."""
+    if os.environ.get("FASTTX_TUNE") == "0":
+        return Tables((), ())
+    committed = tuple(choice_tables.read(choice_tables.COMMITTED.read_text()))
+    path = choice_tables.user_file()
+    try:
+        return Tables(committed, tuple(choice_tables.read_user(path)))
+    except ValueError as error:
+        damaged = f"{path} is ignored: {error}. `fasttx tune` writes it anew"
+        warnings.warn(damaged, RuntimeWarning, stacklevel=2)
+        return Tables(committed, (), damaged)
 
 
-def read(text: str) -> dict[str, list[dict]]:
-    """op -> entries. Raises ValueError where one lacks its card, its backend or a measurement of
-    that backend."""
-    found = json.loads(text)
-    for op, entries in found.items():
-        for entry in entries:
-            times = entry.get("measured", {}).get("ms", {})
-            if "card" not in entry or min(times, key=times.get, default=None) != entry["backend"]:
-                raise ValueError(
-                    f"choices.json: an entry of {op} must name its card, the times measured there "
-                    f"and as its backend the fastest of them, got {entry}"
-                )
-    return found
+def counts(table: dict, here: str, users: bool) -> bool:
+    """Whether a table was measured on this machine, with these versions."""
+    from . import __version__
+
+    same = table["machine"] == here and _release(table["torch"]) == _release(torch.__version__)
+    return same and (not users or table["fasttx"] == __version__)
+
+
+def _release(version: str) -> list[str]:
+    """2.13 of torch's 2.13.0+cpu."""
+    return version.split(".")[:2]
+
+
+def place(device: torch.device) -> str:
+    """The machine that tables name: the processor's class, or the GPU's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return machine.cpu_class() if device.type == "cpu" else device.type
 
 
 @functools.cache
-def card_of(device: torch.device) -> str | None:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+def _tables_of(op: str, device: torch.device) -> tuple[tuple[dict, str], ...]:
+    """(table, whose) that may hold an entry of the op on this device, the user's first. A user's
+    measurement of an op stands in the place of the committed one, on its number of threads."""
+    found = tables()
+    if not any(op in t["ops"] for t in (*found.users, *found.committed)):
+        return ()
+    here = place(device)
+    users = [t for t in found.users if op in t["ops"] and counts(t, here, True)]
+    measured = {t["threads"] for t in users}
+    committed = [
+        t
+        for t in found.committed
+        if op in t["ops"] and t["threads"] not in measured and counts(t, here, False)
+    ]
+    path = choice_tables.user_file()
+    return *((t, str(path)) for t in users), *((t, "fasttx's own table") for t in committed)
+
+
+@functools.cache
+def _choices(op: str, device: torch.device, at: tuple[str, ...]) -> tuple[Choice, ...]:
+    found = []
+    for table, whose in _tables_of(op, device):
+        if unknown := {n for e in table["ops"][op] for n in _named(e)} - set(at):
+            warnings.warn(
+                f"a table of choices is ignored for {op} ({whose}): the op has no argument "
+                f"{', '.join(sorted(unknown))}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            continue
+        found += [_choice(entry, table, whose, at) for entry in table["ops"][op]]
+    return tuple(found)
+
+
+def _named(entry: dict) -> set[str]:
+    sizes = {key.partition(".")[0] for key in entry.get("sizes", {})}
+    return sizes.union(*(entry.get(key, {}) for key in ("dtypes", "given", "layout")))
+
+
+def _choice(entry: dict, table: dict, whose: str, at: tuple[str, ...]) -> Choice:
+    def argument(name: str) -> int:
+        return at.index(name)
+
+    times = ", ".join(f"{name} {ms:.4g} ms" for name, ms in entry["ms"].items())
+    gain, low, high = entry["gain"]
+    threads = f", {table['threads']} thr." if table["threads"] else ""
+    return Choice(
+        entry["backend"],
+        table["threads"],
+        tuple((argument(name), _DTYPES[dtype]) for name, dtype in entry.get("dtypes", {}).items()),
+        tuple(
+            (argument(key.partition(".")[0]), key.partition(".")[2], low, high)
+            for key, (low, high) in entry.get("sizes", {}).items()
+        ),
+        tuple(
+            (argument(name), allowed if isinstance(allowed, bool) else tuple(allowed))
+            for name, allowed in entry.get("given", {}).items()
+        ),
+        tuple((argument(name), how) for name, how in entry.get("layout", {}).items()),
+        f"measured {gain:.2f}x [{low:.2f}, {high:.2f}] as fast ({times}{threads}): {whose}, "
+        f"{table.get('date', 'no date')}",
+    )
+
+
+def choices(op: str, device: torch.device, at: Mapping[str, int]) -> tuple[Choice, ...]:
+    """Every choice of an op on a device, in their order; at: its arguments' names."""
+    # Most ops have none anywhere: that is known without the names.
+    return _choices(op, device, tuple(at)) if _tables_of(op, device) else ()
+
+
+def chosen(op: str, args: tuple, at: Mapping[str, int]) -> Choice | None:
+    """The choice that fits a call; None where nothing was measured for it."""
+    found = choices(op, args[0].device, at)
+    return next((c for c in found if c.fits(args)), None) if found else None
 
 
 def fastest(op: str, args: tuple, at: Mapping[str, int]) -> str | None:
     """The backend measured to be the fastest for this call; None where nothing was."""
-    if not (entries := choices().get(op)):
-        return None
-    card = card_of(args[0].device)
-    return next((e["backend"] for e in entries if e["card"] == card and fits(e, args, at)), None)
-
-
-def fits(entry: dict, args: tuple, at: Mapping[str, int]) -> bool:
-    if "dtype" in entry and entry["dtype"] != short(args[0].dtype):
-        return False
-    for key, (low, high) in entry.get("sizes", {}).items():
-        name, dim = _dimension(key)
-        if not low <= args[at[name]].shape[dim] <= high:
-            return False
-    for name, allowed in entry.get("given", {}).items():
-        value = args[at[name]]
-        if isinstance(allowed, bool):
-            if (value is not None and value is not False) is not allowed:
-                return False
-        elif value not in allowed:
-            return False
-    return True
+    found = chosen(op, args, at)
+    return None if found is None else found.backend
 
 
 def promoted(table: list[Kernel], backend: str) -> list[Kernel]:
@@ -80,3 +206,31 @@ def promoted(table: list[Kernel], backend: str) -> list[Kernel]:
         replace(k, needs=replace(k.needs, by_name=False)) for k in table if k.backend == backend
     ]
     return [*first, *(k for k in table if k.backend != backend)]
+
+
+def asked(op, call: Callable | None) -> Callable | None:
+    """call, a direct call of the first kernel of an op; where choices were measured on this CPU it
+    gives NotImplemented for what they give to another kernel."""
+    found = choices(op.name, torch.device("cpu"), op.at)
+    first = op.tables["cpu"][0].backend
+    others = [c for c in found if c.backend != first]
+    if call is None or not others:
+        return call
+
+    def choosing(args: tuple):
+        for each in found:
+            if each.fits(args):
+                return call(args) if each.backend == first else NotImplemented
+        return call(args)
+
+    return choosing
+
+
+def forget() -> None:
+    """Read the tables again at the next call."""
+    from .op import OPS
+
+    for cached in (tables, _tables_of, _choices):
+        cached.cache_clear()
+    for op in OPS.values():
+        op.direct, op.promoted = {}, {}

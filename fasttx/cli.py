@@ -23,6 +23,8 @@ ENVIRONMENT = {
     "FASTTX_CPU_ISA": f"force an instruction set: {', '.join(native.LEVELS)}",
     "FASTTX_STRICT": "1: running the reference because every kernel refused is an error",
     "FASTTX_CHECK": "1: check values in CUDA tensors at once, with a sync",
+    "FASTTX_TUNE": "0: leave measured choices alone, fasttx's own and those of `fasttx tune`",
+    "FASTTX_CACHE": "folder of what is measured or built for you; ~/.cache/fasttx unless set",
     "FASTTX_GRAPH": "0: generate runs every step from Python and records none",
     "TRITON_INTERPRET": "1: run the Triton kernels on the CPU, slowly, to test them",
     "FASTTX_CUDA": "at build time: 0 leaves the CUDA kernels out, 1 insists on them",
@@ -92,6 +94,7 @@ def info():
         table.add_row(op, device, backend, Text(state, style="green" if usable else "yellow"))
     console.print(table)
     console.print()
+    console.print(_grid("choices by measurement", _choices()))
     rows = [
         (name, f"{os.environ.get(name) or '(not set)'}  {text}")
         for name, text in ENVIRONMENT.items()
@@ -176,7 +179,7 @@ def explain_attention(
             "->" if chosen else "",
             op,
             name,
-            "runs" if chosen else why or "supports it",
+            explanation.told(op, why, chosen),
             style=style,
         )
     Console().print(table)
@@ -354,6 +357,39 @@ def _backends():
                 if device == "cuda" and kernel.backend != "reference":
                     state += f"; last run on a GPU: {last_gpu_run(op.public, kernel.backend)}"
                 yield op.name, device, kernel.backend, why is None, state
+
+
+def _choices():
+    """(whose table, what it has for this machine)."""
+    import torch
+
+    from . import choice, choice_tables
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = choice.tables()
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    places = dict.fromkeys(map(choice.place, devices))
+    yield "this machine", ", ".join(places)
+    if os.environ.get("FASTTX_TUNE") == "0":
+        yield "none", "FASTTX_TUNE=0 is set"
+        return
+    if found.damaged:
+        yield "yours", found.damaged
+    for whose, tables in (("yours", found.users), ("fasttx's own", found.committed)):
+        for table in tables:
+            used = any(choice.counts(table, place, whose == "yours") for place in places)
+            sizes = (f"{op} {len(e)}" for op, e in table["ops"].items() if e)
+            yield (
+                whose,
+                f"{table['machine']}, {table['threads'] or 'any'} threads, fasttx "
+                f"{table['fasttx']}, torch {table['torch']}, {table.get('date', 'no date')}: "
+                f"{len(table['ops'])} ops measured, entries: {', '.join(sizes) or 'none'}"
+                + ("" if used else " (of another machine or version: not used)"),
+            )
+    if not found.users and not found.damaged:
+        yield "yours", f"none at {choice_tables.user_file()}: `fasttx tune` measures"
 
 
 if __name__ == "__main__":

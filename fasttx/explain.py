@@ -2,28 +2,35 @@
 
 import functools
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from .choice import chosen
 from .op import OPS, Needs, captured
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a call would run. rows: (op, backend, reason to refuse or None, chosen)."""
+    """What a call would run. rows: (op, backend, reason to refuse or None, chosen). measured: op ->
+    the measurement that put a kernel first."""
 
     rows: tuple[tuple[str, str, str | None, bool], ...]
+    measured: Mapping[str, str] = field(default_factory=dict)
 
     def chosen(self, op: str) -> str | None:
         return next((b for o, b, _, c in self.rows if o == op and c), None)
 
+    def told(self, op: str, why: str | None, chosen: bool) -> str:
+        """A row's last column."""
+        return why or (self.measured.get(op, "runs") if chosen else "supports it")
+
     def __str__(self) -> str:
         return "\n".join(
-            f"{'->' if c else '  '} {op:16} {backend:10} {why or ('runs' if c else 'supports it')}"
+            f"{'->' if c else '  '} {op:16} {backend:10} {self.told(op, why, c)}"
             for op, backend, why, c in self.rows
         )
 
@@ -47,7 +54,7 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
             function(*map(fake, args), **{k: fake(v) for k, v in kwargs.items()})
     finally:
         captured.reset(token)
-    rows = []
+    rows, measured = [], {}
     for op, call, backend in calls:
         named = dict(zip(op.at, call, strict=False))
         paired = (
@@ -57,6 +64,7 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
         )
         for each, values in [(op, call), *paired]:
             found = False
+            best = chosen(each.name, values, each.at)
             for kernel, why in each.refusals(values):
                 why = why or (
                     "only when asked for by name" if kernel.needs.by_name and not backend else None
@@ -67,8 +75,15 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
                     else why
                 )
                 rows.append((each.name, kernel.backend, why, why is None and not found))
+                if (
+                    why is None
+                    and not found
+                    and best is not None
+                    and best.backend == kernel.backend
+                ):
+                    measured[each.name] = best.of
                 found = found or why is None
-    return Explanation(tuple(rows))
+    return Explanation(tuple(rows), measured)
 
 
 GPU_RUNS = Path(__file__).with_name("gpu_runs.json")

@@ -15,7 +15,7 @@ from contextvars import ContextVar
 
 import torch
 
-from .choice import fastest, promoted
+from .choice import asked, fastest, promoted
 from .kernel import FLOATS, HALF, Kernel, Needs
 
 __all__ = ["FLOATS", "HALF", "LIB", "OPS", "Kernel", "Needs", "Op", "strict"]
@@ -95,7 +95,8 @@ class Op:
                 outputs = filled if isinstance(outputs, tuple) else filled[0]
             kernel.function(*filled, *args)
         if backend not in self.direct and kernel is self.tables.get("cpu", (None,))[0]:
-            self.direct[backend] = kernel.direct(self)
+            call = kernel.direct(self)
+            self.direct[backend] = call if backend else asked(self, call)
         return outputs
 
     def table(self, args: tuple) -> list[Kernel]:

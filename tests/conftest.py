@@ -14,6 +14,8 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 # Compiled graphs of one run must never serve another: inductor's cache does not key on a Python
 # backward.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="fasttx-inductor-"))
+# What somebody measured on this machine must not choose kernels here.
+os.environ["FASTTX_CACHE"] = tempfile.mkdtemp(prefix="fasttx-cache-")
 
 import pytest
 import torch
