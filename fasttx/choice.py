@@ -51,7 +51,7 @@ class Choice:
             if isinstance(allowed, bool):
                 if (value is not None and value is not False) is not allowed:
                     return False
-            elif value not in allowed:
+            elif isinstance(value, torch.Tensor) or value not in allowed:
                 return False
         return all(args[i] is not None and layout(args[i]) == how for i, how in self.layout)
 

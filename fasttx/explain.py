@@ -75,14 +75,10 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
                     else why
                 )
                 rows.append((each.name, kernel.backend, why, why is None and not found))
-                if (
-                    why is None
-                    and not found
-                    and best is not None
-                    and best.backend == kernel.backend
-                ):
-                    measured[each.name] = best.of
-                found = found or why is None
+                if why is None and not found:
+                    found = True
+                    if best is not None and best.backend == kernel.backend:
+                        measured[each.name] = best.of
     return Explanation(tuple(rows), measured)
 
 

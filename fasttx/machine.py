@@ -26,9 +26,7 @@ def cpu_class() -> str:
 def cpu_class_of(name: str, family: int, model: int, isa: str) -> str:
     name = name.lower()
     vendor = next((v for v in ("amd", "intel", "arm", "apple") if v in name), platform.machine())
-    return "-".join(
-        part for part in ("cpu", vendor, _core_name(vendor, family, model), isa) if part
-    )
+    return "-".join(filter(None, ("cpu", vendor, _core_name(vendor, family, model), isa)))
 
 
 def isa(flags: set[str]) -> str:
