@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .choice import chosen
-from .op import OPS, Needs, captured
+from .op import captured
 
 
 @dataclass(frozen=True)
@@ -94,43 +94,3 @@ def gpu_runs() -> dict[str, dict[str, dict[str, str]]]:
 def last_gpu_run(op: str, backend: str) -> str:
     found = gpu_runs().get(op, {}).get(backend)
     return "never" if found is None else f"{found['date']}, {found['card']}, {found['commit']}"
-
-
-def support_table() -> str:
-    """Markdown: op, device, backend, direction, dtypes, from the data that picks kernels, and when
-    a GPU's kernels last ran on one."""
-    directions: dict[tuple, list[str]] = {}
-    for op in OPS.values():
-        suffix = op.name.removeprefix(op.public + "_")
-        direction = {"fwd": "forward", "bwd": "backward", "inplace": "in place"}.get(suffix, suffix)
-        for device, table in op.tables.items():
-            for kernel in table:
-                row = (op.public, device, kernel.backend, *_summary(kernel.needs))
-                directions.setdefault(row, []).append(direction)
-    lines = [
-        "| op | device | backend | direction | dtypes | limits | last run on a GPU |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for (*names, dtypes, limits), both in sorted(directions.items(), key=lambda row: row[0][:2]):
-        op, device, backend = names
-        ran = last_gpu_run(op, backend) if device == "cuda" and backend != "reference" else ""
-        lines.append("| " + " | ".join((*names, ", ".join(both), dtypes, limits, ran)) + " |")
-    return "\n".join(lines)
-
-
-def _summary(needs: Needs) -> tuple[str, str]:
-    dtypes = ", ".join(str(d).removeprefix("torch.") for d in needs.dtypes or ()) or "any floating"
-    limits = []
-    for key, (low, high) in needs.sizes.items():
-        name, _, dim = key.partition(".")
-        if high < 2**31 - 256:
-            limits.append(f"{low} <= {name}.shape[{dim}] <= {high}")
-        elif low:
-            limits.append(f"{low} <= {name}.shape[{dim}]")
-    lie = {"rows": "in rows of 16 bytes", "either": "in rows or columns of 16 bytes"}
-    limits += [f"{name} {lie.get(how, f'as {how}')}" for name, how in needs.matrices.items()]
-    limits += [f"no {name}" for name in needs.absent]
-    limits += [f"sm_{needs.sm}"] if needs.sm else []
-    limits += ["=".join(needs.env)] if needs.env else []
-    limits += ["by name"] if needs.by_name else []
-    return dtypes, "; ".join(limits)
