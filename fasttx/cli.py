@@ -1,4 +1,4 @@
-"""The command `fasttx`: info (this machine), explain (what a call would run), bench."""
+"""The command `fasttx`: info (this machine), explain (what a call would run), bench, tune."""
 
 import contextlib
 import importlib.metadata
@@ -17,6 +17,7 @@ from rich.text import Text
 from . import __version__, native
 from .cli_inspect import inspect
 from .cli_train import train
+from .cli_tune import tune
 
 ENVIRONMENT = {
     "FASTTX_NATIVE": "0: leave the native library alone (at install time: do not build it)",
@@ -58,6 +59,7 @@ explain_app = typer.Typer(
 app.add_typer(explain_app, name="explain")
 app.command()(train)
 app.command()(inspect)
+app.command()(tune)
 
 
 @app.callback(invoke_without_command=True)
