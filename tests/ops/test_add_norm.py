@@ -7,18 +7,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fasttx
-from fasttx.op import Op
 from fasttx.ops.add_norm import add_norm_bwd, add_norm_fwd
 from fasttx.reference.add_norm import add_norm_math
 from fasttx.reference.philox import philox_mask
 from fasttx.testing import check, guarded_outputs, recorded_calls
 from tests.conftest import unusable
+from tests.ops.contract import (
+    BACKENDS,
+    backend_fixture,
+    check_compiled,
+    every_case,
+    opcheck,
+    refused,
+    skip_unusable,
+)
 
-BACKENDS = ("reference", "cpu", "triton")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("x", "residual", "weight", "bias", "x_bias")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fasttx.add_norm runs on the plain"),
@@ -99,28 +104,12 @@ CASES = [
 BY_NAME = {c.name: c for c in CASES}
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request) -> str:
-    if reason := unusable("add_norm_fwd", request.param):
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
+backend = backend_fixture("add_norm_fwd")
 
 
-def _selected():
-    for backend in BACKENDS:
-        for case in CASES:
-            for dtype in DTYPES:
-                # The interpreter takes about a second a case.
-                slow = backend == "triton" and (not case.quick or dtype is torch.float16)
-                name = f"{backend}-{str(dtype).removeprefix('torch.')}-{case.name}"
-                marks = pytest.mark.slow if slow else ()
-                yield pytest.param(backend, dtype, case, id=name, marks=marks)
-
-
-@pytest.mark.parametrize(("name", "dtype", "case"), list(_selected()))
+@pytest.mark.parametrize(("name", "dtype", "case"), list(every_case(CASES)))
 def test_against_fp64(name: str, dtype: torch.dtype, case: Case):
-    if reason := unusable("add_norm_fwd", name):
-        pytest.skip(f"{name}: {reason}")
+    skip_unusable("add_norm_fwd", name)
     gold = case.function(None, compute=torch.float64)
     # A tensor that stays fp32 raises the outputs to fp32, and their rounding with them.
     wide = torch.float32 if {"x", "residual"} & set(case.keep) else dtype
@@ -201,8 +190,7 @@ def test_backends_follow_each_other(backend):
 
 @pytest.mark.parametrize("need", range(1, 32))
 def test_every_subset_of_gradients(need):
-    if reason := unusable("add_norm_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("add_norm_fwd", "cpu")
     for case in (BY_NAME["everything"], BY_NAME["prenorm"]):
         wanted = tuple(n for i, n in enumerate(NAMES) if need >> i & 1 and n in case.given)
         gold = case.function(None, compute=torch.float64)
@@ -243,8 +231,7 @@ def test_manual_seed_governs_dropout():
 
 def test_hundred_thousand_rows():
     """Parameter gradients of 10^5 rows are as near to fp64 as of a few."""
-    if reason := unusable("add_norm_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("add_norm_fwd", "cpu")
     rows = 100_000
     for dtype in (torch.float32, torch.bfloat16):
         x, g = torch.randn(rows, 16).to(dtype), (torch.randn(rows, 16) + 1).to(dtype)
@@ -271,8 +258,7 @@ def test_more_than_the_cache_holds(dtype):
 
 @pytest.mark.parametrize("N", [*range(1, 70), 127, 128, 129, 255, 4095, 4096, 4097])
 def test_every_width(N):
-    if reason := unusable("add_norm_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("add_norm_fwd", "cpu")
     x, r = torch.randn(6, N), torch.randn(6, N)
     for rows in (1, 4, 6):
         leaves = [x[:rows].clone().requires_grad_(), r[:rows].clone().requires_grad_()]
@@ -346,13 +332,7 @@ def test_opcheck_and_fake(name):
         (out if isinstance(out, Tensor) else out[0] + out[1]).sum().backward()
     assert [op.name for op, _, _ in calls] == ["add_norm_fwd", "add_norm_bwd"]
     for op, args, _ in calls:
-        args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-        with FakeTensorMode() as mode:
-            fake = op(*[mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args])
-        for a, b in zip(fake, op(*args), strict=True):
-            assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
-        args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
-        torch.library.opcheck(op.overload, args, {"backend": None})
+        opcheck(op, args)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -363,21 +343,16 @@ def test_compile(dynamic):
         )
         return fasttx.rms_norm(out, weight=w) + total
 
-    torch._dynamo.reset()
-    compiled = torch.compile(full, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for rows in (5, 9, 17) if dynamic else (5,):
+    def arguments(rows):
         leaves = [torch.randn(rows, 24, requires_grad=True) for _ in range(2)]
-        leaves += [torch.randn(24, requires_grad=True) for _ in range(3)]
-        got, expected = compiled(*leaves), full(*leaves)
-        torch.testing.assert_close(got, expected)
-        grads = [torch.autograd.grad(t.square().sum(), leaves) for t in (got, expected)]
-        torch.testing.assert_close(*grads)
+        return leaves + [torch.randn(24, requires_grad=True) for _ in range(3)]
+
+    check_compiled(full, arguments, dynamic)
 
 
 def test_more_than_32_bit_offsets():
     """A row 2^31 elements after the first one: a stride, not memory."""
-    if reason := unusable("add_norm_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("add_norm_fwd", "cpu")
     try:
         memory = torch.empty(2**31 + 64, dtype=torch.float16)  # touched only where rows lie
     except RuntimeError as error:
@@ -421,13 +396,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name, monkeypatch):
-    def ran(self, *args, **kwargs):
-        pytest.fail(f"{self.name} ran")
-
-    monkeypatch.setattr(Op, "__call__", ran)
-    error, text, arguments = BAD[name]
-    with pytest.raises(error, match=text):
-        fasttx.add_norm(**{"x": X, "weight": torch.ones(8), **arguments})
+    refused(monkeypatch, fasttx.add_norm, BAD[name], x=X, weight=torch.ones(8))
 
 
 def test_unsupported_lists_every_reason():

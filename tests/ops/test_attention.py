@@ -9,37 +9,25 @@ from fasttx.reference.philox import dropout_threshold, philox_mask
 from fasttx.testing import check, guarded_outputs
 from tests.conftest import unusable
 from tests.ops.attention_cases import Case, cases, qkv, relative
+from tests.ops.contract import BACKENDS, backend_fixture, every_case, skip_unusable
 
-BACKENDS = ("reference", "cpu", "triton")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 pytestmark = pytest.mark.filterwarnings("ignore:fasttx.attention runs on the plain")
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request) -> str:
-    if reason := unusable("attention_fwd", request.param):
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
+backend = backend_fixture("attention_fwd")
 
 
-def _selected():
-    quick = {c.name for c in cases(fast=True)}
-    for backend in BACKENDS:
-        for case in cases():
-            for dtype in DTYPES:
-                # The interpreter takes seconds a case: fp32 and bf16 of the first list here, the
-                # rest in test-full.
-                slow = backend == "triton" and (case.name not in quick or dtype is torch.float16)
-                name = f"{backend}-{str(dtype).removeprefix('torch.')}-{case.name}"
-                yield pytest.param(
-                    backend, dtype, case, id=name, marks=pytest.mark.slow if slow else ()
-                )
+QUICK = {c.name for c in cases(fast=True)}
 
 
-@pytest.mark.parametrize(("name", "dtype", "case"), list(_selected()))
+def _slow(backend, case, dtype):
+    """Triton's interpreter takes seconds a case: fp32 and bf16 of the first list are quick."""
+    return backend == "triton" and (case.name not in QUICK or dtype is torch.float16)
+
+
+@pytest.mark.parametrize(("name", "dtype", "case"), list(every_case(cases(), _slow)))
 def test_against_fp64(name: str, dtype: torch.dtype, case: Case):
-    if reason := unusable("attention_fwd", name):
-        pytest.skip(f"{name}: {reason}")
+    skip_unusable("attention_fwd", name)
     check(
         case.function(name),
         case.function("reference"),
@@ -198,8 +186,7 @@ def test_backends_follow_each_other(backend):
 def test_every_subset_of_gradients(need):
     """need: what is not asked for is not computed into the others, for the native kernel and the
     door alike."""
-    if reason := unusable("attention_bwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("attention_bwd", "cpu")
     names = ("query", "key", "value", "attn_mask", "table")
     inputs = {
         **qkv(B=1, S=21),
@@ -283,8 +270,7 @@ def test_batch_of_one_is_the_batch(backend):
 @pytest.mark.parametrize("causal", [False, True, "lower_right"])
 def test_every_pair_of_small_lengths(causal):
     """All (S, T) to 20, and around the block sizes, on the native kernels."""
-    if reason := unusable("attention_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("attention_fwd", "cpu")
     lengths = [*range(20), 31, 32, 33, 63, 64, 65, 127, 129]
     for S in lengths:
         for T in lengths:
@@ -312,8 +298,7 @@ def test_every_pair_of_small_lengths(causal):
 
 
 def test_every_head_size():
-    if reason := unusable("attention_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("attention_fwd", "cpu")
     for D in range(1, 257):
         x = [t.bfloat16().float() for t in qkv(B=1, H=1, S=7, T=9, D=D, seed=D).values()]
         for dtype, tolerance in ((torch.float32, 3e-6), (torch.bfloat16, 2e-2)):

@@ -2,6 +2,7 @@
 # ruff: noqa: E501 (tables, one case a line)
 
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -12,23 +13,16 @@ import torch.nn.functional as F
 
 import fasttx
 from fasttx import ALiBi, RelativePositionBias
-from fasttx.op import Op
 from fasttx.ops._attention_decode_checks import checked_decode
 from fasttx.ops.attention_decode import attention_decode_fwd, cache_append_inplace
 from fasttx.reference.attention_decode import attention_decode_math
 from fasttx.testing import check, guarded_outputs, lay_out, recorded_calls
-from tests.conftest import unusable
+from tests.ops.contract import BACKENDS, DTYPES, backend_fixture, parameter, refused, skip_unusable
 
-BACKENDS = ("reference", "cpu", "triton")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 pytestmark = pytest.mark.filterwarnings("ignore:fasttx.attention_decode runs on the plain")
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request) -> str:
-    if reason := unusable("attention_decode_fwd", request.param):
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
+backend = backend_fixture("attention_decode_fwd")
 
 
 def ints(*values) -> torch.Tensor:
@@ -123,20 +117,14 @@ def _plain(options, dtype, **x):
 
 
 def _selected():
-    for name in BACKENDS:
-        for case in CASES:
-            for dtype in DTYPES:
-                slow = name == "triton" and (dtype is torch.float16 or case not in FEW)
-                label = f"{name}-{str(dtype).removeprefix('torch.')}-{case}"
-                yield pytest.param(
-                    name, dtype, case, id=label, marks=pytest.mark.slow if slow else ()
-                )
+    for backend, case, dtype in itertools.product(BACKENDS, CASES, DTYPES):
+        slow = backend == "triton" and (dtype is torch.float16 or case not in FEW)
+        yield parameter(backend, dtype, case, slow=slow)
 
 
 @pytest.mark.parametrize(("name", "dtype", "case"), list(_selected()))
 def test_against_fp64(name, dtype, case):
-    if reason := unusable("attention_decode_fwd", name):
-        pytest.skip(f"{name}: {reason}")
+    skip_unusable("attention_decode_fwd", name)
     inputs, options, layouts = CASES[case]
     check(
         functools.partial(fasttx.attention_decode, **options, backend=name),
@@ -282,8 +270,7 @@ def test_every_instruction_set(isa):
         "    worst = max(worst, ((got - want).abs().max() / torch.finfo(dtype).eps).item())\n"
         "assert worst < 20, worst\n"
     )
-    if reason := unusable("attention_decode_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("attention_decode_fwd", "cpu")
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"FASTTX_CPU_ISA": isa},
@@ -487,33 +474,20 @@ BAD_APPEND = {
 }  # fmt: skip
 
 
-def _refused(function, error, text, arguments, monkeypatch):
-    def ran(self, *args, **kwargs):
-        pytest.fail(f"{self.name} ran")
-
-    monkeypatch.setattr(Op, "__call__", ran)
-    with pytest.raises(error, match=text):
-        function(**arguments)
-
-
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name, monkeypatch):
-    error, text, arguments = BAD[name]
-    good = {"q": Q, "k_cache": CACHE, "v_cache": CACHE, "cache_lengths": LENGTHS}
-    _refused(fasttx.attention_decode, error, text, good | arguments, monkeypatch)
+    refused(
+        monkeypatch, fasttx.attention_decode, BAD[name],
+        q=Q, k_cache=CACHE, v_cache=CACHE, cache_lengths=LENGTHS,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD_APPEND)
 def test_bad_append(name, monkeypatch):
-    error, text, arguments = BAD_APPEND[name]
-    good = {
-        "k_cache": CACHE,
-        "v_cache": CACHE.clone(),
-        "k": NEW,
-        "v": NEW,
-        "cache_lengths": LENGTHS,
-    }
-    _refused(fasttx.cache_append, error, text, good | arguments, monkeypatch)
+    refused(
+        monkeypatch, fasttx.cache_append, BAD_APPEND[name],
+        k_cache=CACHE, v_cache=CACHE.clone(), k=NEW, v=NEW, cache_lengths=LENGTHS,
+    )  # fmt: skip
 
 
 def test_no_grad_allows_parameters():

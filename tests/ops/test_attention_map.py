@@ -7,20 +7,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fasttx
-from fasttx.op import Op
 from fasttx.ops._attention_checks import checked
 from fasttx.ops.attention_map import attention_map, attention_map_fwd
 from fasttx.reference.attention import attention_math
 from fasttx.reference.attention_map import attention_map_math
 from fasttx.testing import check, guarded_outputs, recorded_calls
-from tests.conftest import unusable
 from tests.ops.attention_cases import cases, qkv
+from tests.ops.contract import (
+    BACKENDS,
+    DTYPES,
+    backend_fixture,
+    check_compiled,
+    opcheck,
+    parameter,
+    refused,
+    skip_unusable,
+)
 
-BACKENDS = ("reference", "cpu", "triton")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The lse of finite minima has no digits: see test_lse_is_taken_at_its_word.
 CASES = [c for c in cases() if "cu_seqlens" not in c.options and c.name != "rows of finite minima"]
 QUICK = {"padding", "float mask [1,H,S,T]", "relative", "window and softcap, grouped"}
@@ -32,11 +37,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request) -> str:
-    if reason := unusable("attention_map_fwd", request.param):
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
+backend = backend_fixture("attention_map_fwd")
 
 
 def _inner(inputs: dict, options: dict) -> tuple:
@@ -128,21 +129,12 @@ def _selected():
                     )
                     slow |= backend == "triton" and dtype is torch.bfloat16 and choice == "all"
                     slow |= backend == "reference" and choice != "pooled rows"
-                    name = f"{backend}-{str(dtype).removeprefix('torch.')}-{case.name}-{choice}"
-                    yield pytest.param(
-                        backend,
-                        dtype,
-                        case,
-                        choice,
-                        id=name,
-                        marks=pytest.mark.slow if slow else (),
-                    )
+                    yield parameter(backend, dtype, case, choice, slow=slow)
 
 
 @pytest.mark.parametrize(("name", "dtype", "case", "choice"), list(_selected()))
 def test_against_fp64(name, dtype, case, choice):
-    if reason := unusable("attention_map_fwd", name):
-        pytest.skip(f"{name}: {reason}")
+    skip_unusable("attention_map_fwd", name)
     if not case.inputs["query"].shape[-2] and choice not in ("all", "pooled"):
         choice = "pooled"
     picked = choices(case)[choice]
@@ -319,11 +311,7 @@ def test_opcheck_and_fake():
         function(*args)
     ((op, args, _),) = calls
     assert op.name == "attention_map_fwd"
-    with FakeTensorMode() as mode:
-        fake = op(*[mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args])
-    real = op(*args)
-    assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
-    torch.library.opcheck(op.overload, args, {"backend": None})
+    opcheck(op, args)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -334,17 +322,15 @@ def test_compile(dynamic):
             + attention_map(q, k, lse, pool=2).sum()
         )
 
-    torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for S in (5, 9, 17) if dynamic else (5,):
-        args = torch.randn(2, 3, S, 8), torch.randn(2, 3, S, 8), torch.randn(2, 3, S)
-        torch.testing.assert_close(compiled(*args), function(*args))
+    def arguments(S):
+        return [torch.randn(2, 3, S, 8), torch.randn(2, 3, S, 8), torch.randn(2, 3, S)]
+
+    check_compiled(function, arguments, dynamic)
 
 
 def test_memory_stays_a_tile():
     """Two rows of 2^17 queries and keys: the whole map would be 64 GiB."""
-    if reason := unusable("attention_map_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("attention_map_fwd", "cpu")
     n = 1 << 17
     q, k = torch.randn(1, 1, n, 4), torch.randn(1, 1, n, 4)
     logits = q[:, :, [0, n - 1]].double() @ k.double().transpose(2, 3) / 2
@@ -393,13 +379,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name, monkeypatch):
-    def ran(self, *args, **kwargs):
-        pytest.fail(f"{self.name} ran")
-
-    monkeypatch.setattr(Op, "__call__", ran)
-    error, text, arguments = BAD[name]
-    with pytest.raises(error, match=text):
-        attention_map(**{**X, **arguments})
+    refused(monkeypatch, attention_map, BAD[name], **X)
 
 
 def test_heads_need_a_dimension():

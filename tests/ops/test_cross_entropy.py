@@ -17,9 +17,8 @@ from fasttx.ops.cross_entropy import (
 from fasttx.reference.cross_entropy import cross_entropy_math
 from fasttx.testing import check, guarded_outputs, recorded_calls
 from tests.conftest import unusable
+from tests.ops.contract import BACKENDS, DTYPES, backend_fixture, parameter, skip_unusable
 
-BACKENDS = ("reference", "cpu", "triton")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("mean", "sum", "none")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fasttx.cross_entropy runs on the plain"),
@@ -28,11 +27,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request) -> str:
-    if reason := unusable("cross_entropy_fwd", request.param):
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
+backend = backend_fixture("cross_entropy_fwd")
 
 
 def problem(rows, V, ignored=0.2, scale=3.0, shift=0.0, seed=0):
@@ -95,17 +90,15 @@ CASES = {
 
 
 def _selected():
-    for backend, (name, case), dtype in itertools.product(BACKENDS, CASES.items(), DTYPES):
-        slow = backend == "triton" and (dtype is torch.float16 or case[1] > 1000)
-        short = str(dtype).removeprefix("torch.")
-        marks = pytest.mark.slow if slow else ()
-        yield pytest.param(backend, dtype, case, id=f"{backend}-{short}-{name}", marks=marks)
+    for backend, name, dtype in itertools.product(BACKENDS, CASES, DTYPES):
+        slow = backend == "triton" and (dtype is torch.float16 or CASES[name][1] > 1000)
+        yield parameter(backend, dtype, name, slow=slow)
 
 
 @pytest.mark.parametrize(("name", "dtype", "case"), list(_selected()))
 def test_against_fp64(name, dtype, case):
-    if reason := unusable("cross_entropy_fwd", name):
-        pytest.skip(f"{name}: {reason}")
+    case = CASES[case]
+    skip_unusable("cross_entropy_fwd", name)
     rows, V, options = case[0], case[1], dict(case[2])
     layout, dout = options.pop("layout", "contiguous"), options.pop("dout", "contiguous")
     logits, target = problem(
@@ -323,8 +316,7 @@ def test_tiny_gradients_of_fp16_survive_the_loss_scale():
 
 
 def test_deterministic_on_any_number_of_threads():
-    if reason := unusable("cross_entropy_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("cross_entropy_fwd", "cpu")
     logits, target = problem((60,), 1500)
     found = []
     before = torch.get_num_threads()
@@ -351,8 +343,7 @@ def test_targets_with_gaps_in_memory(op):
 
 def test_many_short_rows():
     """More rows than one item of work, on the native kernel."""
-    if reason := unusable("cross_entropy_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("cross_entropy_fwd", "cpu")
     logits, target = problem((20000,), 3)
     x, exact = logits.float().requires_grad_(), logits.float().double().requires_grad_()
     loss, gold = fasttx.cross_entropy(x, target), F.cross_entropy(exact, target)
@@ -364,8 +355,7 @@ def test_many_short_rows():
 @pytest.mark.slow
 def test_more_elements_than_2_31():
     """Every row of one shared memory: offsets of rows past 2^31 elements."""
-    if reason := unusable("cross_entropy_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("cross_entropy_fwd", "cpu")
     V, rows = 65536, 33000
     storage = torch.randn(V + rows).bfloat16()
     logits = storage.as_strided((rows, V), (1, 1))

@@ -7,17 +7,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fasttx
-from fasttx.op import Op
 from fasttx.ops.embed import embed, embed_bwd, embed_fwd, sinusoidal_positions
 from fasttx.reference.philox import philox_mask
 from fasttx.testing import check, guarded_outputs, recorded_calls
 from tests.conftest import unusable
+from tests.ops.contract import (
+    BACKENDS,
+    backend_fixture,
+    check_compiled,
+    every_case,
+    opcheck,
+    refused,
+    skip_unusable,
+)
 
-BACKENDS = ("reference", "cpu", "triton")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("token_weight", "position_weight", "segment_weight", "norm_weight", "norm_bias")
 ROWS = {"token_weight": 50, "position_weight": 40, "segment_weight": 3}
 pytestmark = [
@@ -142,29 +147,12 @@ CASES = [
 BY_NAME = {c.name: c for c in CASES}
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request) -> str:
-    if reason := unusable("embed_fwd", request.param):
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
+backend = backend_fixture("embed_fwd")
 
 
-def _selected():
-    for backend in BACKENDS:
-        for case in CASES:
-            for dtype in DTYPES:
-                # The interpreter takes about a second a case.
-                slow = backend == "triton" and (not case.quick or dtype is torch.float16)
-                name = f"{backend}-{str(dtype).removeprefix('torch.')}-{case.name}"
-                yield pytest.param(
-                    backend, dtype, case, id=name, marks=pytest.mark.slow if slow else ()
-                )
-
-
-@pytest.mark.parametrize(("name", "dtype", "case"), list(_selected()))
+@pytest.mark.parametrize(("name", "dtype", "case"), list(every_case(CASES)))
 def test_against_fp64(name: str, dtype: torch.dtype, case: Case):
-    if reason := unusable("embed_fwd", name):
-        pytest.skip(f"{name}: {reason}")
+    skip_unusable("embed_fwd", name)
     check(
         case.function(name), case.plain, case.plain, case.inputs(), dtype=dtype, wanted=case.given,
         keep=case.keep, layouts=case.layouts,
@@ -304,8 +292,7 @@ def test_backends_follow_each_other(backend):
 
 @pytest.mark.parametrize("need", range(1, 32))
 def test_every_subset_of_gradients(need):
-    if reason := unusable("embed_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("embed_fwd", "cpu")
     for name in ("BERT", "no norm, everything"):
         case = BY_NAME[name]
         wanted = tuple(n for i, n in enumerate(NAMES) if need >> i & 1 and n in case.given)
@@ -358,8 +345,7 @@ def test_gradients_of_a_long_run(backend):
 
 def test_large_table_is_zero_elsewhere():
     """A gradient of more than 32 MB, whose memory the system is asked to zero; used memory too."""
-    if reason := unusable("embed_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("embed_fwd", "cpu")
     w = torch.zeros(40_000, 256, dtype=torch.float32, requires_grad=True)
     out = embed(torch.tensor([[39_999, 5, 5, 0]]), w, backend="cpu")
     want = torch.zeros(40_000, 256)
@@ -424,8 +410,7 @@ def test_unknown_ids_make_their_row_nan(backend):
 
 def test_more_than_32_bit_offsets():
     """A row 2^31 elements after the first one: a stride, not memory."""
-    if reason := unusable("embed_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("embed_fwd", "cpu")
     try:
         memory = torch.empty(2**31 + 64, dtype=torch.float16)  # touched only where rows lie
     except RuntimeError as error:
@@ -446,13 +431,7 @@ def test_opcheck_and_fake(name):
         case.function(None)(**leaves).sum().backward()
     assert [op.name for op, _, _ in calls] == ["embed_fwd", "embed_bwd"]
     for op, args, _ in calls:
-        args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-        with FakeTensorMode() as mode:
-            fake = op(*[mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args])
-        for a, b in zip(fake, op(*args), strict=True):
-            assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
-        args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
-        torch.library.opcheck(op.overload, args, {"backend": None})
+        opcheck(op, args)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -464,15 +443,11 @@ def test_compile(dynamic, positions):
             positions=positions,
         )  # fmt: skip
 
-    torch._dynamo.reset()
-    compiled = torch.compile(full, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for S in (5, 9, 17) if dynamic else (5,):
-        ids = torch.randint(0, 50, (2, S))
+    def arguments(S):
         leaves = [torch.randn(s, requires_grad=True) for s in ((50, 24), (40, 24), 24, 24)]
-        got, expected = compiled(ids, *leaves), full(ids, *leaves)
-        torch.testing.assert_close(got, expected)
-        grads = [torch.autograd.grad(t.square().sum(), leaves) for t in (got, expected)]
-        torch.testing.assert_close(*grads)
+        return [torch.randint(0, 50, (2, S)), *leaves]
+
+    check_compiled(full, arguments, dynamic)
 
 
 IDS, TOKENS, POSITIONS = torch.tensor([[1, 2, 3], [4, 0, 1]]), torch.randn(5, 8), torch.randn(6, 8)
@@ -526,15 +501,10 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name, monkeypatch):
-    def ran(self, *args, **kwargs):
-        pytest.fail(f"{self.name} ran")
-
-    monkeypatch.setattr(Op, "__call__", ran)
-    error, text, arguments = BAD[name]
-    with pytest.raises(error, match=text):
-        fasttx.embed(
-            **{"input_ids": IDS, "token_weight": TOKENS, "position_weight": POSITIONS, **arguments}
-        )
+    refused(
+        monkeypatch, fasttx.embed, BAD[name],
+        input_ids=IDS, token_weight=TOKENS, position_weight=POSITIONS,
+    )  # fmt: skip
 
 
 def test_unsupported_lists_every_reason():

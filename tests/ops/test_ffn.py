@@ -7,19 +7,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fasttx
-from fasttx.op import Op
 from fasttx.ops.ffn import ffn_bwd, ffn_fwd
 from fasttx.ops.linear import ACTIVATIONS
 from fasttx.reference.ffn import ffn_math
 from fasttx.reference.philox import philox_mask
 from fasttx.testing import check, recorded_calls
 from tests.conftest import unusable
+from tests.ops.contract import (
+    BACKENDS,
+    DTYPES,
+    backend_fixture,
+    check_compiled,
+    every_case,
+    opcheck,
+    refused,
+    skip_unusable,
+)
 
-BACKENDS = ("reference", "cpu", "triton")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("x", "w1", "b1", "w2", "b2", "w_gate", "b_gate")
 PLAIN, WEIGHTS = NAMES[:5], ("x", "w1", "w2")
 pytestmark = [
@@ -103,27 +109,12 @@ CASES = [
 BY_NAME = {c.name: c for c in CASES}
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request) -> str:
-    if reason := unusable("ffn_fwd", request.param):
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
+backend = backend_fixture("ffn_fwd")
 
 
-def _selected():
-    for backend in BACKENDS:
-        for case in CASES:
-            for dtype in DTYPES:
-                slow = backend == "triton" and (not case.quick or dtype is torch.float16)
-                name = f"{backend}-{str(dtype).removeprefix('torch.')}-{case.name}"
-                marks = pytest.mark.slow if slow else ()
-                yield pytest.param(backend, dtype, case, id=name, marks=marks)
-
-
-@pytest.mark.parametrize(("name", "dtype", "case"), list(_selected()))
+@pytest.mark.parametrize(("name", "dtype", "case"), list(every_case(CASES)))
 def test_against_fp64(name: str, dtype: torch.dtype, case: Case):
-    if reason := unusable("ffn_fwd", name):
-        pytest.skip(f"{name}: {reason}")
+    skip_unusable("ffn_fwd", name)
     check(
         case.function(name), case.function(None, compute=torch.float64),
         case.function(None, compute=dtype), case.inputs(), dtype=dtype,
@@ -212,8 +203,7 @@ def test_backends_follow_each_other(backend):
 
 @pytest.mark.parametrize("need", [*range(1, 128, 5), *(1 << i for i in range(7)), 126, 127])
 def test_every_subset_of_gradients(need):
-    if reason := unusable("ffn_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("ffn_fwd", "cpu")
     for case in (BY_NAME["everything"], BY_NAME["plain"]):
         wanted = tuple(n for i, n in enumerate(NAMES) if need >> i & 1 and n in case.given)
         gold = case.function(None, compute=torch.float64)
@@ -268,8 +258,7 @@ def test_manual_seed_governs_dropout():
 
 def test_many_chunks():
     """Gradients of parameters summed over several chunks of rows, whatever their memory order."""
-    if reason := unusable("ffn_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("ffn_fwd", "cpu")
     case = Case("", (9000,), (6, 8, 10), NAMES, {**DROP, "activation": "geglu"})
     for dtype in (torch.float32, torch.bfloat16):
         for layouts in ({}, TURNED):
@@ -330,13 +319,7 @@ def test_opcheck_and_fake(name):
         case.function(None)(**leaves).sum().backward()
     assert [op.name for op, _, _ in calls] == ["ffn_fwd", "ffn_bwd"]
     for op, args, _ in calls:
-        args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-        with FakeTensorMode() as mode:
-            fake = op(*[mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args])
-        for a, b in zip(fake, op(*args), strict=True):
-            assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
-        args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
-        torch.library.opcheck(op.overload, args, {"backend": None})
+        opcheck(op, args)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -345,15 +328,11 @@ def test_compile(dynamic):
         h = fasttx.ffn(x, w1, b1, w2, b2, hidden_dropout_p=0.2, dropout_p=0.1, seed=3)
         return fasttx.ffn(h, w1, None, w2, None, w_gate=wg, activation="swiglu", recompute=True)
 
-    torch._dynamo.reset()
-    compiled = torch.compile(full, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for rows in (5, 9, 17) if dynamic else (5,):
+    def arguments(rows):
         shapes = ((2, rows, 12), (24, 12), (24,), (12, 24), (12,), (24, 12))
-        leaves = [torch.randn(s, requires_grad=True) for s in shapes]
-        got, expected = compiled(*leaves), full(*leaves)
-        torch.testing.assert_close(got, expected)
-        grads = [torch.autograd.grad(t.square().sum(), leaves) for t in (got, expected)]
-        torch.testing.assert_close(*grads, atol=1e-3, rtol=1e-4)
+        return [torch.randn(s, requires_grad=True) for s in shapes]
+
+    check_compiled(full, arguments, dynamic, atol=1e-3, rtol=1e-4)
 
 
 X, W1, W2 = torch.randn(2, 6, 8), torch.randn(4, 8), torch.randn(5, 4)
@@ -394,13 +373,7 @@ def test_the_result_may_be_changed_in_place():
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name, monkeypatch):
-    def ran(self, *args, **kwargs):
-        pytest.fail(f"{self.name} ran")
-
-    monkeypatch.setattr(Op, "__call__", ran)
-    error, text, arguments = BAD[name]
-    with pytest.raises(error, match=text):
-        fasttx.ffn(**{"x": X, "w1": W1, "b1": None, "w2": W2, "b2": None, **arguments})
+    refused(monkeypatch, fasttx.ffn, BAD[name], x=X, w1=W1, b1=None, w2=W2, b2=None)
 
 
 def test_unsupported_lists_every_reason():

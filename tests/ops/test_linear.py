@@ -7,17 +7,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fasttx
-from fasttx.op import Op
 from fasttx.ops.linear import ACTIVATIONS, linear_bwd, linear_fwd
 from fasttx.reference.linear import linear_math
 from fasttx.testing import check, guarded_outputs, recorded_calls
 from tests.conftest import unusable
+from tests.ops import contract
+from tests.ops.contract import (
+    DTYPES,
+    backend_fixture,
+    check_compiled,
+    every_case,
+    opcheck,
+    refused,
+    skip_unusable,
+)
 
-BACKENDS = ("reference", "cpu", "triton", "torch")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = (*contract.BACKENDS, "torch")
 NAMES = ("x", "weight", "bias", "residual")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fasttx.linear runs on the plain"),
@@ -88,27 +95,12 @@ CASES = [
 BY_NAME = {c.name: c for c in CASES}
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request) -> str:
-    if reason := unusable("linear_fwd", request.param):
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
+backend = backend_fixture("linear_fwd", BACKENDS)
 
 
-def _selected():
-    for backend in BACKENDS:
-        for case in CASES:
-            for dtype in DTYPES:
-                slow = backend == "triton" and (not case.quick or dtype is torch.float16)
-                name = f"{backend}-{str(dtype).removeprefix('torch.')}-{case.name}"
-                marks = pytest.mark.slow if slow else ()
-                yield pytest.param(backend, dtype, case, id=name, marks=marks)
-
-
-@pytest.mark.parametrize(("name", "dtype", "case"), list(_selected()))
+@pytest.mark.parametrize(("name", "dtype", "case"), list(every_case(CASES, backends=BACKENDS)))
 def test_against_fp64(name: str, dtype: torch.dtype, case: Case):
-    if reason := unusable("linear_fwd", name):
-        pytest.skip(f"{name}: {reason}")
+    skip_unusable("linear_fwd", name)
     check(
         case.function(name), case.function(None, compute=torch.float64),
         case.function(None, compute=dtype), case.inputs(), dtype=dtype,
@@ -148,8 +140,7 @@ def test_gradcheck(activation):
 @pytest.mark.parametrize("activation", list(ACTIVATIONS)[1:])
 def test_activation_everywhere(activation):
     """Values and slopes of the CPU's own functions, tails included, against fp64."""
-    if reason := unusable("linear_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("linear_fwd", "cpu")
     x = torch.cat(
         [torch.linspace(-12, 12, 4001), torch.tensor([-1e4, -100.0, 1e-20, 0.0, 100.0, 1e4])]
     )
@@ -193,8 +184,7 @@ def test_backends_follow_each_other(backend):
 
 @pytest.mark.parametrize("need", range(1, 16))
 def test_every_subset_of_gradients(need):
-    if reason := unusable("linear_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("linear_fwd", "cpu")
     for case in (BY_NAME["gelu"], BY_NAME["bias"]):
         wanted = tuple(n for i, n in enumerate(NAMES) if need >> i & 1 and n in case.given)
         gold = case.function(None, compute=torch.float64)
@@ -205,8 +195,7 @@ def test_every_subset_of_gradients(need):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_small_size(dtype):
     """Tails of tiles in every direction, both layouts of the weight."""
-    if reason := unusable("linear_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("linear_fwd", "cpu")
     sizes = [(m, k, n) for m in (1, 2, 5, 11, 14, 33, 65) for k, n in ((7, 3), (32, 16), (35, 18), (66, 65))]  # fmt: skip
     for m, k, n in sizes:
         x, w, g = (torch.randn(s).to(dtype) for s in ((m, k), (n, k), (m, n)))
@@ -234,8 +223,7 @@ def test_the_result_may_be_changed_in_place():
 
 def test_hundred_thousand_rows():
     """Gradients of parameters summed over chunks of rows are as near to fp64 as of a few."""
-    if reason := unusable("linear_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("linear_fwd", "cpu")
     for dtype in (torch.float32, torch.bfloat16):
         x, g = torch.randn(100_000, 8).to(dtype), (torch.randn(100_000, 12) + 1).to(dtype)
         for turned in (False, True):
@@ -301,13 +289,7 @@ def test_opcheck_and_fake(name):
         case.function(None)(**leaves).sum().backward()
     assert [op.name for op, _, _ in calls] == ["linear_fwd", "linear_bwd"]
     for op, args, _ in calls:
-        args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-        with FakeTensorMode() as mode:
-            fake = op(*[mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args])
-        for a, b in zip(fake, op(*args), strict=True):
-            assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
-        args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
-        torch.library.opcheck(op.overload, args, {"backend": None})
+        opcheck(op, args)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -315,20 +297,16 @@ def test_compile(dynamic):
     def full(x, w, b, r):
         return fasttx.linear(fasttx.linear(x, w, b, activation="gelu"), w.t(), residual=r)
 
-    torch._dynamo.reset()
-    compiled = torch.compile(full, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for rows in (5, 9, 17) if dynamic else (5,):
-        leaves = [torch.randn(s, requires_grad=True) for s in ((2, rows, 24), (16, 24), (16,), (2, rows, 24))]  # fmt: skip
-        got, expected = compiled(*leaves), full(*leaves)
-        torch.testing.assert_close(got, expected)
-        grads = [torch.autograd.grad(t.square().sum(), leaves) for t in (got, expected)]
-        torch.testing.assert_close(*grads)
+    def arguments(rows):
+        shapes = ((2, rows, 24), (16, 24), (16,), (2, rows, 24))
+        return [torch.randn(s, requires_grad=True) for s in shapes]
+
+    check_compiled(full, arguments, dynamic)
 
 
 def test_more_than_32_bit_offsets():
     """A row 2^31 elements after the first one: a stride, not memory."""
-    if reason := unusable("linear_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("linear_fwd", "cpu")
     try:
         memory = torch.empty(2**31 + 64, dtype=torch.float16)  # touched only where rows lie
     except RuntimeError as error:
@@ -365,13 +343,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name, monkeypatch):
-    def ran(self, *args, **kwargs):
-        pytest.fail(f"{self.name} ran")
-
-    monkeypatch.setattr(Op, "__call__", ran)
-    error, text, arguments = BAD[name]
-    with pytest.raises(error, match=text):
-        fasttx.linear(**{"x": X, "weight": WEIGHT, **arguments})
+    refused(monkeypatch, fasttx.linear, BAD[name], x=X, weight=WEIGHT)
 
 
 def test_unsupported_lists_every_reason():

@@ -10,11 +10,9 @@ import fasttx
 from fasttx.ops import _linear_cross_entropy as walk
 from fasttx.ops.linear_cross_entropy import linear_cross_entropy_slope
 from fasttx.testing import check, guarded_outputs, recorded_calls
-from tests.conftest import unusable
+from tests.ops.contract import BACKENDS, DTYPES, backend_fixture, parameter, skip_unusable
 from tests.ops.test_cross_entropy import plain as cross_entropy_of
 
-BACKENDS = ("reference", "cpu", "triton")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("mean", "sum", "none")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fasttx.linear_cross_entropy runs on the plain"),
@@ -22,11 +20,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request) -> str:
-    if reason := unusable("linear_cross_entropy_fwd", request.param):
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
+backend = backend_fixture("linear_cross_entropy_fwd")
 
 
 @pytest.fixture
@@ -68,18 +62,15 @@ CASES = {
 
 
 def _selected():
-    for backend, (name, case), dtype in itertools.product(BACKENDS, CASES.items(), DTYPES):
-        slow = backend == "triton" and (dtype is torch.float16 or "layouts" in case[3])
-        short = str(dtype).removeprefix("torch.")
-        marks = pytest.mark.slow if slow else ()
-        yield pytest.param(backend, dtype, case, id=f"{backend}-{short}-{name}", marks=marks)
+    for backend, name, dtype in itertools.product(BACKENDS, CASES, DTYPES):
+        slow = backend == "triton" and (dtype is torch.float16 or "layouts" in CASES[name][3])
+        yield parameter(backend, dtype, name, slow=slow)
 
 
 @pytest.mark.parametrize(("name", "dtype", "case"), list(_selected()))
 def test_against_fp64(name, dtype, case, small_chunks):
-    if reason := unusable("linear_cross_entropy_fwd", name):
-        pytest.skip(f"{name}: {reason}")
-    rows, V, K, options = *case[:3], dict(case[3])
+    skip_unusable("linear_cross_entropy_fwd", name)
+    rows, V, K, options = *CASES[case][:3], dict(CASES[case][3])
     inputs, target = problem(rows, V, K)
     if not options.pop("bias", True):
         del inputs["bias"]
@@ -99,8 +90,7 @@ def test_against_fp64(name, dtype, case, small_chunks):
 @pytest.mark.parametrize("need", range(1, 8))
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_every_subset_of_gradients(need, dtype, small_chunks):
-    if reason := unusable("linear_cross_entropy_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("linear_cross_entropy_fwd", "cpu")
     inputs, target = problem((8,), 30, 6)
     wanted = tuple(n for i, n in enumerate(inputs) if need >> i & 1)
 
@@ -158,8 +148,7 @@ def test_everything_ignored(backend, reduction):
 
 
 def test_ignored_rows_are_left_out(monkeypatch):
-    if reason := unusable("linear_cross_entropy_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("linear_cross_entropy_fwd", "cpu")
     inputs, target = problem((40,), 12, 5, ignored=0)
     target[6:] = -100
     x, weight, bias = (t.float().requires_grad_() for t in inputs.values())
@@ -172,8 +161,7 @@ def test_ignored_rows_are_left_out(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_memory_is_a_fraction_of_the_logits(dtype):
     """Beyond inputs and gradients at most an eighth of the float32 logits, as torch allocates."""
-    if reason := unusable("linear_cross_entropy_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("linear_cross_entropy_fwd", "cpu")
     M, V, K = 2048, 8192, 16
     inputs, target = problem((M,), V, K)
     leaves = [t.to(dtype).requires_grad_() for t in inputs.values()]

@@ -10,17 +10,19 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fasttx
-from fasttx.op import Op
-from fasttx.ops.rope import rope_inplace
 from fasttx.reference.rope import rope_math
 from fasttx.testing import check, lay_out, recorded_calls
-from tests.conftest import unusable
+from tests.ops.contract import (
+    backend_fixture,
+    check_compiled,
+    every_case,
+    opcheck,
+    refused,
+    skip_unusable,
+)
 
-BACKENDS = ("reference", "cpu", "triton")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("q_out", "k_out")
 pytestmark = pytest.mark.filterwarnings("ignore:fasttx.rope runs on the plain")
 
@@ -100,28 +102,12 @@ CASES = [
 BY_NAME = {c.name: c for c in CASES}
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request) -> str:
-    if reason := unusable("rope_fwd", request.param):
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
+backend = backend_fixture("rope_fwd")
 
 
-def _selected():
-    for name in BACKENDS:
-        for case in CASES:
-            for dtype in DTYPES:
-                slow = name == "triton" and (dtype is torch.float16 or not case.quick)
-                label = f"{name}-{str(dtype).removeprefix('torch.')}-{case.name}"
-                yield pytest.param(
-                    name, dtype, case, id=label, marks=pytest.mark.slow if slow else ()
-                )
-
-
-@pytest.mark.parametrize(("name", "dtype", "case"), list(_selected()))
+@pytest.mark.parametrize(("name", "dtype", "case"), list(every_case(CASES)))
 def test_against_fp64(name: str, dtype: torch.dtype, case: Case):
-    if reason := unusable("rope_fwd", name):
-        pytest.skip(f"{name}: {reason}")
+    skip_unusable("rope_fwd", name)
     gold = functools.partial(case.plain, torch.float64)
     plain = functools.partial(case.plain, dtype)
     check(
@@ -301,14 +287,7 @@ def test_opcheck_and_fake(name):
             case.function(None)(q * 1, k * 1, inputs["cos"], inputs["sin"], inplace=True)
     assert [op.name for op, _, _ in calls] == ["rope_fwd", "rope_bwd", "rope_inplace"]
     for op, args, _ in calls:
-        args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-        if op is not rope_inplace:
-            with FakeTensorMode() as mode:
-                fake = op(*[mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args])
-            for a, b in zip(fake, op(*args), strict=True):
-                assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
-        args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
-        torch.library.opcheck(op.overload, args, {"backend": None})
+        opcheck(op, args)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -318,17 +297,13 @@ def test_compile(dynamic, inplace):
         q, k = fasttx.rope(q * 1, k * 1, cos, sin, inplace=inplace)
         return q * 2 + k
 
-    torch._dynamo.reset()
-    compiled = torch.compile(full, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for S in (5, 9, 17) if dynamic else (5,):
+    def arguments(S):
         leaves = [torch.randn(2, 3, S, 24, requires_grad=True) for _ in range(2)]
-        cos, sin = torch.randn(S, 24), torch.randn(S, 24)
-        got, expected = compiled(*leaves, cos, sin), full(*leaves, cos, sin)
-        torch.testing.assert_close(got, expected)
-        grads = [torch.autograd.grad(t.square().sum(), leaves) for t in (got, expected)]
-        torch.testing.assert_close(*grads)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(*leaves, cos, sin), expected)
+        return [*leaves, torch.randn(S, 24), torch.randn(S, 24)]
+
+    check_compiled(full, arguments, dynamic)
+    with torch.no_grad():
+        check_compiled(full, arguments, dynamic)
 
 
 def test_every_instruction_set():
@@ -344,8 +319,7 @@ def test_every_instruction_set():
         "                worst = max(worst, ((a - b).abs().max() / torch.finfo(dtype).eps).item())\n"
         "assert worst < 8, worst\n"
     )
-    if reason := unusable("rope_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("rope_fwd", "cpu")
     for isa in ("default", "avx2", "avx512"):
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -436,13 +410,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name, monkeypatch):
-    def ran(self, *args, **kwargs):
-        pytest.fail(f"{self.name} ran")
-
-    monkeypatch.setattr(Op, "__call__", ran)
-    error, text, arguments = BAD[name]
-    with pytest.raises(error, match=text):
-        fasttx.rope(**{"q": Q, "k": K, "cos": C, "sin": C, **arguments})
+    refused(monkeypatch, fasttx.rope, BAD[name], q=Q, k=K, cos=C, sin=C)
 
 
 def test_unsupported_lists_every_reason():

@@ -6,16 +6,19 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fasttx
-from fasttx.op import Op
 from fasttx.ops.sample import sample, sample_fwd
 from fasttx.testing import guarded_outputs, lay_out, recorded_calls
-from tests.conftest import unusable
+from tests.ops.contract import (
+    DTYPES,
+    backend_fixture,
+    check_compiled,
+    opcheck,
+    refused,
+    skip_unusable,
+)
 
-BACKENDS = ("reference", "cpu", "triton")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INF, NAN = math.inf, math.nan
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fasttx.sample runs on the plain"),
@@ -24,11 +27,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request) -> str:
-    if reason := unusable("sample_fwd", request.param):
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
+backend = backend_fixture("sample_fwd")
 
 
 def kept(x: Tensor, temperature=1.0, top_k=None, top_p=None) -> Tensor:
@@ -68,8 +67,7 @@ def selected(backends=("cpu", "triton")):
 def test_distribution(options, dtype):
     """Chi-square of seeded draws against exact probabilities; with the seed fixed it cannot flake.
     Nothing filtered out is ever drawn."""
-    if reason := unusable("sample_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("sample_fwd", "cpu")
     V, draws = 30, 40_000
     x = (2 * torch.randn(V)).to(dtype)
     x[3], x[17] = x[5], x[5]
@@ -87,8 +85,7 @@ def test_distribution(options, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_backend_draws_the_same(backend, options, dtype):
     """The reference's ids, bit for bit: ties, infinities, widths off the vector's."""
-    if reason := unusable("sample_fwd", backend):
-        pytest.skip(reason)
+    skip_unusable("sample_fwd", backend)
     fast = backend == "cpu"
     for V in (1, 2, 7, 16, 33, 1000, 5003) if fast else (37,):
         x = 3 * torch.randn(40 if fast else 4, V)
@@ -116,8 +113,7 @@ def test_weights_are_a_softmax():
 
 def test_top_k_of_every_order():
     """Ascending, descending and equal logits: the k-th largest exactly, ties kept whole."""
-    if reason := unusable("sample_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("sample_fwd", "cpu")
     V = 2500
     rows = torch.stack(
         [torch.arange(V), torch.arange(V).flip(0), torch.zeros(V), torch.arange(V) // 100]
@@ -222,8 +218,7 @@ def test_nothing_depends_on_threads():
 
 def test_more_than_32_bit_offsets():
     """A row 2^31 elements after the first one: a stride, not memory."""
-    if reason := unusable("sample_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("sample_fwd", "cpu")
     try:
         memory = torch.empty(2**31 + 64, dtype=torch.float16)  # touched only where rows lie
     except RuntimeError as error:
@@ -238,11 +233,7 @@ def test_opcheck_and_fake(options):
     with recorded_calls() as calls:
         sample(torch.randn(3, 20), **options)
     ((op, args, _),) = calls
-    with FakeTensorMode() as mode:
-        fake = op(*[mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args])
-    real = op(*args)
-    assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
-    torch.library.opcheck(op.overload, args, {"backend": None})
+    opcheck(op, args)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -250,11 +241,7 @@ def test_compile(dynamic):
     def full(x):
         return sample(x, temperature=0.7, top_k=5, top_p=0.9, seed=3)
 
-    torch._dynamo.reset()
-    compiled = torch.compile(full, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for rows in (4, 7, 9) if dynamic else (4,):
-        x = torch.randn(rows, 50)
-        assert torch.equal(compiled(x), full(x))
+    check_compiled(full, lambda rows: [torch.randn(rows, 50)], dynamic)
 
 
 X = torch.randn(2, 8)
@@ -282,13 +269,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name, monkeypatch):
-    def ran(self, *args, **kwargs):
-        pytest.fail(f"{self.name} ran")
-
-    monkeypatch.setattr(Op, "__call__", ran)
-    error, text, arguments = BAD[name]
-    with pytest.raises(error, match=text):
-        fasttx.sample(**{"logits": X, **arguments})
+    refused(monkeypatch, fasttx.sample, BAD[name], logits=X)
 
 
 def test_unsupported_lists_every_reason():

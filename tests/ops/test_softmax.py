@@ -6,17 +6,23 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fasttx
-from fasttx.op import Op
 from fasttx.ops.softmax import log_softmax, softmax, softmax_fwd
 from fasttx.reference.softmax import softmax_math
 from fasttx.testing import check, guarded_outputs, recorded_calls
-from tests.conftest import unusable
+from tests.ops.contract import (
+    BACKENDS,
+    DTYPES,
+    backend_fixture,
+    check_compiled,
+    every_case,
+    opcheck,
+    refused,
+    skip_unusable,
+    unless_quick,
+)
 
-BACKENDS = ("reference", "cpu", "triton")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAUSAL = {False: (False, False), True: (True, False), "lower_right": (True, True)}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fasttx.softmax runs on the plain"),
@@ -131,29 +137,17 @@ CASES = [
 BY_NAME = {c.name: c for c in CASES}
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request) -> str:
-    if reason := unusable("softmax_fwd", request.param):
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
+backend = backend_fixture("softmax_fwd")
 
 
-def _selected():
-    for backend in BACKENDS:
-        for case in CASES:
-            for dtype in DTYPES:
-                # The interpreter takes about a second a case.
-                slow = backend == "triton" and (not case.quick or dtype is torch.float16)
-                slow |= case.wide and (backend == "reference" or dtype is torch.float16)
-                name = f"{backend}-{str(dtype).removeprefix('torch.')}-{case.name}"
-                marks = pytest.mark.slow if slow else ()
-                yield pytest.param(backend, dtype, case, id=name, marks=marks)
+def _slow(backend, case, dtype):
+    wide = case.wide and (backend == "reference" or dtype is torch.float16)
+    return wide or unless_quick(backend, case, dtype)
 
 
-@pytest.mark.parametrize(("name", "dtype", "case"), list(_selected()))
+@pytest.mark.parametrize(("name", "dtype", "case"), list(every_case(CASES, _slow)))
 def test_against_fp64(name: str, dtype: torch.dtype, case: Case):
-    if reason := unusable("softmax_fwd", name):
-        pytest.skip(f"{name}: {reason}")
+    skip_unusable("softmax_fwd", name)
     gold = case.function(None, compute=torch.float64)
     # The reference, too, has every backend's residual: a gradient from a rounded result.
     plain = (case.function(None, compute=dtype), case.function("reference"))
@@ -254,8 +248,7 @@ def test_rows_of_minus_infinity_and_of_nan(backend, dim):
 
 @pytest.mark.parametrize("N", [*range(1, 70), 127, 128, 129, 255, 4095, 4096, 4097, 2**17 + 5])
 def test_every_width(N):
-    if reason := unusable("softmax_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("softmax_fwd", "cpu")
     rows = 3 if N < 10000 else 1
     x, g = torch.randn(rows, N), torch.randn(rows, N)
     for log in (False, True):
@@ -354,15 +347,7 @@ def test_opcheck_and_fake(name):
         case.function(None)(**leaves).nan_to_num().sum().backward()
     assert [op.name for op, _, _ in calls] == ["softmax_fwd", "softmax_bwd"]
     for op, args, _ in calls:
-        args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-        with FakeTensorMode() as mode:
-            fake = op(*[mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args])
-        real = op(*args)
-        pairs = zip(fake, real, strict=True) if isinstance(real, tuple) else [(fake, real)]
-        for a, b in pairs:
-            assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
-        args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
-        torch.library.opcheck(op.overload, args, {"backend": None})
+        opcheck(op, args)
 
 
 def test_opcheck_of_out():
@@ -379,17 +364,10 @@ def test_compile(dynamic):
         y = softmax(x, scale=0.3, mask=mask, is_causal=True)
         return y + log_softmax(x, dim=1).exp() + softmax(x.transpose(0, 2), dim=0).transpose(0, 2)
 
-    torch._dynamo.reset()
-    compiled = torch.compile(full, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for rows in (5, 9, 17) if dynamic else (5,):
-        leaves = [
-            torch.randn(rows, 6, 8, requires_grad=True),
-            torch.randn(6, 8, requires_grad=True),
-        ]
-        got, expected = compiled(*leaves), full(*leaves)
-        torch.testing.assert_close(got, expected)
-        grads = [torch.autograd.grad(t.square().sum(), leaves) for t in (got, expected)]
-        torch.testing.assert_close(*grads)
+    def arguments(rows):
+        return [torch.randn(s, requires_grad=True) for s in ((rows, 6, 8), (6, 8))]
+
+    check_compiled(full, arguments, dynamic)
 
 
 def test_transforms():
@@ -404,8 +382,7 @@ def test_transforms():
 
 def test_more_than_32_bit_offsets():
     """Rows and columns 2^31 elements apart: strides, not memory."""
-    if reason := unusable("softmax_fwd", "cpu"):
-        pytest.skip(reason)
+    skip_unusable("softmax_fwd", "cpu")
     try:
         memory = torch.empty(2**31 + 64, dtype=torch.float16)  # touched only where rows lie
     except RuntimeError as error:
@@ -451,13 +428,7 @@ BAD = {
 @pytest.mark.parametrize("door", [softmax, log_softmax])
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name, door, monkeypatch):
-    def ran(self, *args, **kwargs):
-        pytest.fail(f"{self.name} ran")
-
-    monkeypatch.setattr(Op, "__call__", ran)
-    error, text, arguments = BAD[name]
-    with pytest.raises(error, match=text):
-        door(**{"x": X, **arguments})
+    refused(monkeypatch, door, BAD[name], x=X)
 
 
 def test_unsupported_lists_every_reason():
