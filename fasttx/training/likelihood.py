@@ -63,6 +63,8 @@ def log_likelihood(
     prompts = [prompts] * len(texts) if isinstance(prompts, str) else list(prompts)
     if len(prompts) != len(texts):
         raise ValueError(f"prompts must be one or {len(texts)} like texts, got {len(prompts)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if ends and tokenizer.eos is None:
         raise ValueError("ends=True needs a tokenizer with the token eos")
     longest = _positions(model)

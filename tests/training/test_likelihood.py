@@ -144,6 +144,7 @@ def test_wrong_arguments_are_named(tokenizer):
         (lambda: log_likelihood(model, tokenizer, ["a"], ["b", "c"]), "prompts must be one or 1"),
         (lambda: log_likelihood(model, tokenizer, ["a"], length=161), "between 2 and 160, got 161"),
         (lambda: log_likelihood(model, tokenizer, ["a"], length=1), "between 2 and 160, got 1"),
+        (lambda: log_likelihood(model, tokenizer, ["a"], batch_size=0), "batch_size must be at le"),
         (lambda: log_likelihood(model, bare, ["a"]), "prompts must each have a token"),
         (lambda: log_likelihood(model, bare, ["a"], ends=True), "ends=True needs"),
         (lambda: log_likelihood(seq2seq, tokenizer, ["a"]), "causal language model, got Cond"),
