@@ -464,7 +464,7 @@ class QuestionAnswering(_Classification):
                 f"labels must be [B, 2] = ({len(logits)}, 2), got {tuple(labels.shape)}"
             )
         count = logits.shape[1]
-        places = labels.clamp(0, count)
+        places = labels.masked_fill(labels < 0, count).clamp(max=count)
         if mask is not None:
             logits = logits.masked_fill(~mask.bool()[..., None], -torch.inf)
             real = F.pad(mask.bool(), (0, 1)).gather(1, places)

@@ -118,13 +118,14 @@ def check_batch(model: nn.Module, batch: Mapping) -> None:
             )
     if not isinstance(labels, Tensor) or not labels.numel() or labels.is_floating_point():
         return
+    known, kind = labels[labels != IGNORE], type(model).__name__
     if isinstance(ids, Tensor):
-        rows = ids.shape[:1] if labels.dim() == 1 or is_seq2seq(model) else ids.shape
+        apart = labels.dim() == 1 or is_seq2seq(model) or "QuestionAnswering" in kind
+        rows = ids.shape[:1] if apart else ids.shape
         if labels.shape[: len(rows)] != rows:
             raise ValueError(
                 f"labels do not match: {list(labels.shape)} for input_ids {list(ids.shape)}"
             )
-    known, kind = labels[labels != IGNORE], type(model).__name__
     classes = size if "LM" in kind or "Generation" in kind else None
     if "SequenceClassification" in kind or "TokenClassification" in kind:
         classes = getattr(config, "num_labels", 1)

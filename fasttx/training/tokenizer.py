@@ -112,6 +112,16 @@ class Tokenizer:
         run = backend.encode_batch if words else backend.encode_batch_fast
         return run(texts, add_special_tokens=False)
 
+    def encode_inputs(self, texts: list, length: int | None = None) -> list:
+        """The tokenizers.Encoding of each text, or pair of texts, as prompt: within the tokenizer's
+        template, but special tokens in a text are its characters. At most `length` tokens: the end
+        of a text, of a pair's second one, goes into `overflowing`."""
+        backend = self._ready()
+        if length is not None:
+            pairs = any(not isinstance(text, str) for text in texts)
+            backend.enable_truncation(length, strategy="only_second" if pairs else "longest_first")
+        return backend.encode_batch(texts)
+
     def decode(self, ids, skip_special_tokens: bool = True) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 

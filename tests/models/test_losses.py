@@ -162,5 +162,6 @@ def test_padding_costs_nothing_in_question_answering(name, tmp_path):
     ]
     expected = sum(out.loss for out in alone) / 2
     torch.testing.assert_close(ours(ids, mask, labels=labels).loss, expected)
-    labels[1] = torch.tensor([7, 8])
-    torch.testing.assert_close(ours(ids, mask, labels=labels).loss, alone[0].loss)
+    for nowhere in ([7, 8], [-100, -100], [99, -1]):
+        labels[1] = torch.tensor(nowhere)
+        torch.testing.assert_close(ours(ids, mask, labels=labels).loss, alone[0].loss)
