@@ -13,7 +13,7 @@ from .tokenizer import KINDS
 
 __all__ = ["Config", "read_config"]
 
-SECTIONS = ("output", "text", "tokenizer", "objective", "model", "training")
+SECTIONS = ("output", "text", "pairs", "tokenizer", "objective", "model", "training")
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,18 @@ class Text:
     files: str | list
     documents: Literal["line", "paragraph", "file"] = SPLITS[0]
     evaluation: str | list | float | None = None
+
+
+@dataclass(frozen=True)
+class PairsSection:
+    """files, evaluation: as Text's, of lines "source<TAB>target"; length, target_length, cut: of
+    Pairs. In the place of text and objective."""
+
+    files: str | list
+    evaluation: str | list | float | None = None
+    length: int = 128
+    target_length: int = 128
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,15 +66,22 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class Config:
-    """output: the run's folder; the sections, paths absolute; given: the file's content."""
+    """output: the run's folder; the sections, paths absolute; given: the file's content. Either
+    text and objective, or pairs."""
 
     output: Path
-    text: Text
+    text: Text | None
+    pairs: PairsSection | None
     tokenizer: TokenizerSection
-    objective: tuple[type, dict]
+    objective: tuple[type, dict] | None
     model: ModelSection
     training: TrainOptions
     given: dict
+
+    @property
+    def task(self) -> str:
+        """The objective's name, or "pairs"."""
+        return "pairs" if self.objective is None else self.objective[0].name
 
 
 def read_config(path: str | Path, output: str | Path | None = None) -> Config:
@@ -83,33 +102,48 @@ def read_config(path: str | Path, output: str | Path | None = None) -> Config:
     if not isinstance(given, dict):
         raise ConfigError([f"must be a mapping of {', '.join(SECTIONS)}"], str(path))
     wrong = [w.removeprefix("config.") for w in unknown_keys(given, list(SECTIONS), "config")]
-    for name in ("text", "objective", "model"):
+    paired = "pairs" in given
+    for name in ("model",) if paired else ("text", "objective", "model"):
         if name not in given:
             wrong.append(f"{name} is missing")
+    if paired and (both := [name for name in ("text", "objective") if name in given]):
+        wrong.append(f"pairs cannot be given with {' and '.join(both)}")
     here = path.parent.resolve()
     folder = output if output is not None else given.get("output")
     if not isinstance(folder, (str, Path)):
         wrong.append("output is missing" if folder is None else f"output must be a text: {folder}")
     elif output is None:
         folder = here / folder
-    text = _text(given.get("text"), here, wrong) if "text" in given else None
+    text = _files(Text, given["text"], "text", here, wrong) if "text" in given else None
+    pairs = None
+    if paired:
+        pairs = _files(PairsSection, given["pairs"], "pairs", here, wrong, check=_lengths)
     objective = _objective(given.get("objective"), wrong) if "objective" in given else None
     model = _model(given.get("model"), here, wrong) if "model" in given else None
     tokenizer = _tokenizer(given.get("tokenizer"), model, here, wrong)
     training = read_section(
         TrainOptions, given.get("training"), "training", wrong, check=option_problems
     )
-    if model is not None and objective is not None and model.folder is None:
-        wrong += model_problems(model, objective, tokenizer)
+    if model is not None and model.folder is None:
+        if pairs is not None:
+            lengths = {f"pairs.{n}": getattr(pairs, n) for n in ("length", "target_length")}
+            wrong += model_problems(model, "pairs", lengths, tokenizer)
+        elif objective is not None:
+            cls, values = objective
+            length = values.get("length", cls.__dataclass_fields__["length"].default)
+            packed = cls.name == "causal_lm" and values.get("packed", True)
+            lengths = {"objective.length": length}
+            wrong += model_problems(model, cls.name, lengths, tokenizer, packed=packed)
     if wrong:
         raise ConfigError(wrong, str(path))
     return Config(
-        Path(folder).resolve(), text, tokenizer, objective, model, TrainOptions(**training), given
-    )
+        Path(folder).resolve(), text, pairs, tokenizer, objective, model, TrainOptions(**training),
+        given,
+    )  # fmt: skip
 
 
-def _text(given, here: Path, wrong: list[str]) -> Text | None:
-    values = read_section(Text, given, "text", wrong)
+def _files(cls: type, given, where: str, here: Path, wrong: list[str], check=None):
+    values = read_section(cls, given, where, wrong, check=check)
     if values is None:
         return None
     for name in ("files", "evaluation"):
@@ -117,12 +151,19 @@ def _text(given, here: Path, wrong: list[str]) -> Text | None:
         if isinstance(value, (str, list)):
             values[name] = _found(value, here)
             try:
-                check_files(values[name], f"text.{name}")
+                check_files(values[name], f"{where}.{name}")
             except ValueError as error:
                 wrong.append(str(error))
         elif value is not None and not 0 < value < 1:
-            wrong.append(f"text.evaluation must be files or a share between 0 and 1, got {value}")
-    return Text(**values)
+            wrong.append(
+                f"{where}.evaluation must be files or a share between 0 and 1, got {value}"
+            )
+    return cls(**values)
+
+
+def _lengths(values: dict) -> list[str]:
+    given = {name: values.get(name, 2) for name in ("length", "target_length")}
+    return [f"{name} must be at least 2, got {n}" for name, n in given.items() if n < 2]
 
 
 def _found(patterns, here: Path) -> list[Path]:

@@ -1,6 +1,6 @@
 """The model of a config: fasttx's own, or transformers' with fasttx.patch."""
 
-from .objectives import OBJECTIVES, Objective
+from .objectives import OBJECTIVES
 from .text import available_memory
 from .tokenizer import Tokenizer, check_tokenizer
 
@@ -11,8 +11,9 @@ HEADS = {
     "causal_lm": ("causal_lm", "AutoModelForCausalLM"),
     "span_corruption": ("conditional_generation", "AutoModelForSeq2SeqLM"),
     "text_infilling": ("conditional_generation", "AutoModelForSeq2SeqLM"),
+    "pairs": ("conditional_generation", "AutoModelForSeq2SeqLM"),
 }
-assert set(HEADS) == set(OBJECTIVES)
+assert set(HEADS) == {*OBJECTIVES, "pairs"}
 
 
 class _Asked(dict):
@@ -35,19 +36,21 @@ class _Asked(dict):
         return super().__contains__(key)
 
 
-def model_problems(section, objective: tuple[type, dict], tokenizer) -> list[str]:
+def model_problems(
+    section, task: str, lengths: dict[str, int], tokenizer, *, packed: bool = False
+) -> list[str]:
     """What is wrong with the model section: unknown keys, sizes that cannot be, a family of another
-    objective, fewer positions than a row has tokens."""
-    cls, given = objective
+    task, fewer positions than a row has tokens.
+
+    task: an objective's name or "pairs". lengths: of rows, by the key that set them."""
     check = _fasttx_problems if section.library == "fasttx" else _transformers_problems
     size = section.sizes.get("vocab_size", getattr(tokenizer, "vocab_size", 8000))
     sizes = {**section.sizes, "vocab_size": size}
-    wrong, limit = check(section, sizes, HEADS[cls.name])
-    length = given.get("length", cls.__dataclass_fields__["length"].default)
-    if limit is not None and isinstance(length, int) and length > limit:
-        wrong.append(f"objective.length {length} is more than the model's {limit} positions")
-    apart = cls.name != "causal_lm" or not given.get("packed", True)
-    if section.library == "transformers" and section.family == "bloom" and not apart:
+    wrong, limit = check(section, sizes, HEADS[task])
+    for name, length in lengths.items():
+        if limit is not None and isinstance(length, int) and length > limit:
+            wrong.append(f"{name} {length} is more than the model's {limit} positions")
+    if section.library == "transformers" and section.family == "bloom" and packed:
         wrong.append(
             "objective.packed must be false for transformers' bloom, which would let packed "
             "documents see each other"
@@ -119,12 +122,13 @@ def _transformers_problems(section, sizes, head) -> tuple[list[str], int | None]
     return wrong, limit - 2 if section.family == "roberta" and limit else limit
 
 
-def make_model(section, objective: type[Objective], tokenizer: Tokenizer):
-    """The model, in training mode, with the tokenizer's size and special tokens.
+def make_model(section, task: str, tokenizer: Tokenizer):
+    """The model of a task (as model_problems has it), in training mode, with the tokenizer's size
+    and special tokens.
 
     Raises TokenizerMismatch for a folder whose model was trained with another tokenizer.
     """
-    head, auto = HEADS[objective.name]
+    head, auto = HEADS[task]
     if section.folder is not None:
         model = _loaded(section, head, auto)
     else:

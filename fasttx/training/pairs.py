@@ -1,14 +1,16 @@
 """Texts and what is to be written for them: translations, summaries, spellings."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from .objectives import IGNORE, padded
+from .text import check_files, lines
 from .tokenizer import Tokenizer
 
-__all__ = ["Pairs"]
+__all__ = ["Pairs", "parted", "read_pairs"]
 
 
 class Pairs:
@@ -67,3 +69,40 @@ class Pairs:
             "attention_mask": padded([np.ones(len(x), np.int64) for x in sources], 0),
             "labels": padded([self.targets[int(i)] for i in indices], IGNORE),
         }
+
+
+def read_pairs(
+    paths: str | Path | Iterable[str | Path], name: str = "pairs"
+) -> list[tuple[str, str]]:
+    """(source, target) of each line "source<TAB>target" of UTF-8 files; empty lines are left out.
+
+    Raises:
+        ValueError: as read_documents; for a line without a tab, with a second one or with nothing
+            beside it, naming file and line; no pairs.
+    """
+    found = []
+    for path in check_files(paths, name):
+        for number, line in enumerate(lines(path), 1):
+            sides = line.split("\t")
+            if not line.strip():
+                continue
+            if len(sides) != 2 or not all(side.strip() for side in sides):
+                raise ValueError(
+                    f"{name}: {path}: line {number} must be source<TAB>target, got {line[:60]!r}"
+                )
+            found.append((sides[0], sides[1]))
+    if not found:
+        raise ValueError(f"{name}: there are no pairs")
+    return found
+
+
+def parted(pairs: list, share: float, seed: int = 0) -> tuple[list, list]:
+    """(the rest, share of the pairs chosen by seed), at least one each; as TokenStream.parted."""
+    if not 0 < share < 1 or len(pairs) < 2:
+        raise ValueError(
+            f"cannot part {share} of {len(pairs)} pairs: give a share between 0 and 1 and two "
+            "pairs or more"
+        )
+    count = min(max(1, round(share * len(pairs))), len(pairs) - 1)
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    return tuple([pairs[i] for i in np.sort(part)] for part in (order[count:], order[:count]))

@@ -9,7 +9,8 @@ from .checkpoint import checkpoints, replaced
 from .config import Config, read_config
 from .loop import Result, fit
 from .models import make_model
-from .objectives import CausalLM, SpanCorruption
+from .objectives import CausalLM, Examples, SpanCorruption
+from .pairs import Pairs, parted, read_pairs
 from .parallel import Group
 from .stream import TokenStream
 from .text import read_documents
@@ -17,7 +18,7 @@ from .tokenizer import Tokenizer, train_tokenizer
 
 __all__ = ["train"]
 
-TEMPLATES = {"causal_lm": "bos", "span_corruption": "eos"}
+TEMPLATES = {"causal_lm": "bos", "span_corruption": "eos", "pairs": "eos"}
 
 
 def train(
@@ -51,38 +52,65 @@ def train(
 
 
 def _train(config: Config, tokenizer: Tokenizer, resume: bool, progress: bool) -> Result:
+    examples, held, text = (_examples if config.pairs is None else _pairs)(config, tokenizer)
+    torch.manual_seed(config.training.seed)
+    model = make_model(config.model, config.task, tokenizer)
+    given = {k: v for k, v in config.given.items() if k not in ("output", "training")}
+    return fit(
+        model,
+        examples,
+        config.output,
+        options=config.training,
+        evaluation=held,
+        tokenizer=tokenizer,
+        resume=resume,
+        progress=progress,
+        identity={"config": given, "text": text},
+    )
+
+
+def _examples(config: Config, tokenizer: Tokenizer) -> tuple[Examples, Examples | None, str]:
+    """Of the objective: to train on and to evaluate on, and the fingerprint of their text."""
     cls, options = config.objective
     if cls is CausalLM and config.model.library == "fasttx":
         options = {"layout": "flat"} | options
     objective = cls(tokenizer, **options)
     stream, held = _streams(config, tokenizer, getattr(objective, "whole_word", False))
     seed = config.training.seed
-    torch.manual_seed(seed)
-    model = make_model(config.model, cls, tokenizer)
-    given = {k: v for k, v in config.given.items() if k not in ("output", "training")}
-    return fit(
-        model,
-        objective.examples(stream, seed),
-        config.output,
-        options=config.training,
-        evaluation=None if held is None else objective.examples(held, seed + 1),
-        tokenizer=tokenizer,
-        resume=resume,
-        progress=progress,
-        identity={"config": given, "text": _fingerprint(stream, held)},
-    )
+    evaluation = None if held is None else objective.examples(held, seed + 1)
+    arrays = [a for s in (stream, held) if s is not None for a in (s.bounds, s.ids)]
+    return objective.examples(stream, seed), evaluation, _fingerprint(arrays)
+
+
+def _pairs(config: Config, tokenizer: Tokenizer) -> tuple[Pairs, Pairs | None, str]:
+    section = config.pairs
+    pairs, held = read_pairs(section.files, "pairs.files"), None
+    if isinstance(section.evaluation, list):
+        held = read_pairs(section.evaluation, "pairs.evaluation")
+    elif section.evaluation is not None:
+        pairs, held = parted(pairs, section.evaluation, config.training.seed)
+    lengths = section.length, section.target_length
+    parts = [
+        None if part is None else Pairs(tokenizer, part, *lengths, cut=section.cut)
+        for part in (pairs, held)
+    ]
+    arrays = [a for p in parts if p is not None for a in (*p.sources, *p.targets)]
+    return *parts, _fingerprint(arrays)
 
 
 def _make_tokenizer(config: Config, folder: Path) -> None:
     section = config.tokenizer
-    name = config.objective[0].name
-    template = TEMPLATES.get(name, "bos_eos")
-    if not config.objective[1].get("bos", True):
+    template = TEMPLATES.get(config.task, "bos_eos")
+    if config.objective is not None and not config.objective[1].get("bos", True):
         template = "none"
-    sentinels = 100 if config.objective[0] is SpanCorruption else 0
+    sentinels = 100 if config.task == SpanCorruption.name else 0
+    if config.pairs is None:
+        texts = read_documents(config.text.files, config.text.documents, "text.files")
+    else:
+        texts = (text for pair in read_pairs(config.pairs.files, "pairs.files") for text in pair)
     tokenizer = train_tokenizer(
         section.kind,
-        read_documents(config.text.files, config.text.documents, "text.files"),
+        texts,
         section.vocab_size,
         lowercase=section.lowercase,
         min_frequency=section.min_frequency,
@@ -111,10 +139,8 @@ def _streams(config: Config, tokenizer, words: bool) -> tuple[TokenStream, Token
     return stream.parted(text.evaluation, config.training.seed)
 
 
-def _fingerprint(*streams: TokenStream | None) -> str:
+def _fingerprint(arrays) -> str:
     whole = hashlib.sha256()
-    for stream in streams:
-        if stream is not None:
-            whole.update(stream.bounds.tobytes())
-            whole.update(stream.ids.tobytes())
+    for array in arrays:
+        whole.update(array.tobytes())
     return f"sha256:{whole.hexdigest()}"

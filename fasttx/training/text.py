@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-__all__ = ["SPLITS", "check_files", "read_documents"]
+__all__ = ["SPLITS", "check_files", "lines", "read_documents"]
 
 SPLITS = ("line", "paragraph", "file")
 LONGEST = 64 << 20
@@ -56,7 +56,7 @@ def read_documents(
 def _documents(paths: list[Path], documents: str) -> Iterator[str]:
     for path in paths:
         held, size = [], 0
-        for line in _lines(path):
+        for line in lines(path):
             ends = documents == "line" or (documents == "paragraph" and not line.strip())
             if not ends or documents == "line":
                 held.append(line)
@@ -78,7 +78,8 @@ def _whole(lines: list[str]) -> Iterator[str]:
         yield text
 
 
-def _lines(path: Path) -> Iterator[str]:
+def lines(path: Path) -> Iterator[str]:
+    """Its lines without their ends, or a ValueError that names the bytes that are not UTF-8."""
     with path.open("rb") as file:
         number, offset = 0, 0
         while raw := file.readline(LONGEST + 1):
