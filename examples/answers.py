@@ -12,18 +12,16 @@ a random span of at most four words, a random name of the passage, its first and
 name, and the place (first and last word) that was most often right in training.
 """
 
-import argparse
 import collections
 import random
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from brown import Sentence, Unavailable, documents, is_name, parted
-from minilm import cpu_time, folder, load
+from minilm import folder, load, options, tune
 
-from fasttx.training import AnswerSpans, Tokenizer, fit, predict
+from fasttx.training import AnswerSpans, Tokenizer, predict
 
 VERBS = {"vbd", "vbz", "bedz", "bez", "hvd", "hvz", "md", "dod", "doz"}
 BEFORE = {".", ",", ":", "--", "``", "cc", "cs", "wrb"}
@@ -173,15 +171,7 @@ def by_model(model, test: AnswerSpans) -> list[str]:
 
 
 def main(arguments: list[str] | None = None, texts: dict | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", default="runs/answers")
-    parser.add_argument(
-        "--model", help="a folder of a BERT or RoBERTa; all-MiniLM-L6-v2 unless given"
-    )
-    parser.add_argument("--layers", type=int, default=6, help="how many are trained")
-    parser.add_argument("--epochs", type=float, default=2)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser = options(__doc__, "runs/answers", layers=6, epochs=2, batch_size=16, learning_rate=2e-4)
     given = parser.parse_args(arguments)
     try:
         texts = documents() if texts is None else texts
@@ -190,23 +180,9 @@ def main(arguments: list[str] | None = None, texts: dict | None = None) -> dict:
         sys.exit(f"the corpus or the model cannot be had: {why}")
     tokenizer = Tokenizer.load(path)
     train, test = (short(tokenizer, questions(part)) for part in parted(texts))
-    torch.manual_seed(0)
     model = load(path, "question_answering", trained=given.layers)
-    held, spent = examples(tokenizer, test), cpu_time()
-    result = fit(
-        model,
-        examples(tokenizer, train),
-        given.output,
-        tokenizer=tokenizer,
-        epochs=given.epochs,
-        batch_size=given.batch_size,
-        learning_rate=given.learning_rate,
-        warmup=0.1,
-        schedule="linear",
-        precision="bf16",
-        progress=True,
-    )
-    seconds, guesses = spent(), by_model(model.eval(), held)
+    result, seconds = tune(model, examples(tokenizer, train), given.output, tokenizer, given)
+    guesses = by_model(model, examples(tokenizer, test))
     found = {"model": scores(guesses, test), **baselines(train, test)}
     for q, guess in list(zip(test, guesses, strict=True))[:5]:
         right = q.words_of(q.answer)

@@ -9,16 +9,14 @@ learned from, which sees no capitals either; and capitals themselves, of all wor
 first.
 """
 
-import argparse
 import collections
 import random
 import sys
 
-import torch
 from brown import Sentence, Unavailable, documents, is_name, parted
-from minilm import cpu_time, folder, load
+from minilm import folder, load, options, tune
 
-from fasttx.training import Tokenizer, WordLabels, fit, predict
+from fasttx.training import Tokenizer, WordLabels, predict
 
 LENGTH = 96
 
@@ -77,15 +75,10 @@ def by_model(model, test: WordLabels) -> list[list[bool]]:
 
 
 def main(arguments: list[str] | None = None, texts: dict | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", default="runs/proper_nouns")
-    parser.add_argument(
-        "--model", help="a folder of a BERT or RoBERTa; all-MiniLM-L6-v2 unless given"
+    parser = options(
+        __doc__, "runs/proper_nouns", layers=3, epochs=1, batch_size=32, learning_rate=2e-4
     )
-    parser.add_argument("--layers", type=int, default=3, help="how many are trained")
     parser.add_argument("--sentences", type=int, default=6000)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--held-out", type=int, default=2000, help="sentences")
     given = parser.parse_args(arguments)
     try:
@@ -95,24 +88,10 @@ def main(arguments: list[str] | None = None, texts: dict | None = None) -> dict:
         sys.exit(f"the corpus or the model cannot be had: {why}")
     train, test = split(texts, given.sentences, given.held_out)
     tokenizer = Tokenizer.load(path)
-    torch.manual_seed(0)
     model = load(path, "token_classification", trained=given.layers, num_labels=2)
-    held, spent = examples(tokenizer, test), cpu_time()
-    result = fit(
-        model,
-        examples(tokenizer, train),
-        given.output,
-        tokenizer=tokenizer,
-        epochs=1,
-        batch_size=given.batch_size,
-        learning_rate=given.learning_rate,
-        warmup=0.1,
-        schedule="linear",
-        precision="bf16",
-        progress=True,
-    )
-    seconds, right = spent(), labels(test)
-    found = scores(by_model(model.eval(), held), right)
+    held, right = examples(tokenizer, test), labels(test)
+    result, seconds = tune(model, examples(tokenizer, train), given.output, tokenizer, given)
+    found = scores(by_model(model, held), right)
     found |= {"loss": result.loss, "seconds": seconds}
     found["words"] = scores(by_word(train, test), right)["f1"]
     found["capitals"] = scores(by_capital(test), right)["f1"]

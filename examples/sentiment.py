@@ -9,7 +9,6 @@ the judgements differ. As many negative ones as positive; 1000 are held out. The
 chance, which is one half, and a naive Bayes of the same tweets' words.
 """
 
-import argparse
 import collections
 import csv
 import math
@@ -18,7 +17,7 @@ import re
 import sys
 
 import torch
-from minilm import cpu_time, folder, load
+from minilm import cpu_time, folder, load, options, tune
 from packages import Unavailable, pypi_file
 from torch import nn
 
@@ -96,15 +95,9 @@ def accuracy(model, examples: TextLabels) -> float:
 
 
 def main(arguments: list[str] | None = None, pairs: list[tuple[str, int]] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", default="runs/sentiment")
-    parser.add_argument(
-        "--model", help="a folder of a BERT or RoBERTa; all-MiniLM-L6-v2 unless given"
+    parser = options(
+        __doc__, "runs/sentiment", layers=3, epochs=1, batch_size=32, learning_rate=1e-4
     )
-    parser.add_argument("--layers", type=int, default=3, help="how many are trained")
-    parser.add_argument("--epochs", type=float, default=1)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--held-out", type=int, default=1000)
     given = parser.parse_args(arguments)
     try:
@@ -117,7 +110,6 @@ def main(arguments: list[str] | None = None, pairs: list[tuple[str, int]] | None
     train, test = (TextLabels(tokenizer, *zip(*part, strict=True), LENGTH, cut=True)
                    for part in (rest, held))  # fmt: skip
     found = {"naive Bayes": naive_bayes(rest, held)}
-    torch.manual_seed(0)
     model = load(path, "sequence_classification", trained=given.layers, num_labels=2)
     spent = cpu_time()
     fit(
@@ -129,22 +121,8 @@ def main(arguments: list[str] | None = None, pairs: list[tuple[str, int]] | None
         learning_rate=1e-3,
     )
     found["frozen"], found["frozen seconds"] = accuracy(model, test), spent()
-    spent = cpu_time()
-    result = fit(
-        model,
-        train,
-        f"{given.output}/tuned",
-        tokenizer=tokenizer,
-        epochs=given.epochs,
-        batch_size=given.batch_size,
-        learning_rate=given.learning_rate,
-        warmup=0.1,
-        schedule="linear",
-        precision="bf16",
-        progress=True,
-    )
-    found["tuned seconds"], found["loss"] = spent(), result.loss
-    found["tuned"] = accuracy(model.eval(), test)
+    result, found["tuned seconds"] = tune(model, train, f"{given.output}/tuned", tokenizer, given)
+    found["tuned"], found["loss"] = accuracy(model, test), result.loss
     print(f"of {len(held)} held-out tweets {found['frozen']:.1%} right with all layers frozen "
           f"({found['frozen seconds']:.0f} s of CPU), {found['tuned']:.1%} with {given.layers} "
           f"trained ({found['tuned seconds']:.0f} s more); naive Bayes "

@@ -9,15 +9,14 @@ held-out words on the right side of 0. The baselines are the more frequent side,
 the words that share the most letters at the end or the beginning.
 """
 
-import argparse
 import random
 import sys
 
 import torch
-from minilm import cpu_time, folder, load
+from minilm import folder, load, options, tune
 from packages import Unavailable, pypi_file
 
-from fasttx.training import TextLabels, Tokenizer, fit, predict
+from fasttx.training import TextLabels, Tokenizer, predict
 
 PACKAGE = "vaderSentiment==3.3.2"
 SHA256 = "3bf1d243b98b1afad575b9f22bc2cb1e212b94ff89ca74f8a23a588d024ea311"
@@ -69,15 +68,9 @@ def by_letters(train: list[tuple[str, int]], test: list[tuple[str, int]]) -> flo
 
 
 def main(arguments: list[str] | None = None, pairs: list[tuple[str, int]] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", default="runs/word_classes")
-    parser.add_argument(
-        "--model", help="a folder of a BERT or RoBERTa; all-MiniLM-L6-v2 unless given"
+    parser = options(
+        __doc__, "runs/word_classes", layers=6, epochs=3, batch_size=64, learning_rate=1e-4
     )
-    parser.add_argument("--layers", type=int, default=6, help="how many are trained")
-    parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
     given = parser.parse_args(arguments)
     try:
         pairs = rated(lexicon()) if pairs is None else pairs
@@ -86,25 +79,11 @@ def main(arguments: list[str] | None = None, pairs: list[tuple[str, int]] | None
         sys.exit(f"the words or the model cannot be had: {why}")
     train, test = parted(pairs)
     tokenizer = Tokenizer.load(path)
-    torch.manual_seed(0)
     model = load(path, "sequence_classification", trained=given.layers, num_labels=2)
-    spent = cpu_time()
-    result = fit(
-        model,
-        TextLabels(tokenizer, *zip(*train, strict=True), 32),
-        given.output,
-        tokenizer=tokenizer,
-        epochs=given.epochs,
-        batch_size=given.batch_size,
-        learning_rate=given.learning_rate,
-        warmup=0.1,
-        schedule="linear",
-        precision="bf16",
-        progress=True,
-    )
-    seconds = spent()
+    rows = TextLabels(tokenizer, *zip(*train, strict=True), 32)
+    result, seconds = tune(model, rows, given.output, tokenizer, given)
     words, sides = zip(*test, strict=True)
-    logits = torch.stack(predict(model.eval(), TextLabels(tokenizer, words, length=32)))
+    logits = torch.stack(predict(model, TextLabels(tokenizer, words, length=32)))
     chosen = logits.argmax(-1).tolist()
     right = sum(c == s for c, s in zip(chosen, sides, strict=True)) / len(test)
     for word, c, s in list(zip(words, chosen, sides, strict=True))[:5]:

@@ -23,5 +23,7 @@ COMMANDS = [
 @pytest.mark.parametrize(("script", "options"), COMMANDS)
 def test_a_command_that_is_shown(script, options):
     source = (ROOT / script).read_text(encoding="utf-8")
+    for shared in re.findall(r"^from (\w+) import .*\boptions\b", source, re.MULTILINE):
+        source += (ROOT / "examples" / f"{shared}.py").read_text(encoding="utf-8")
     for option in re.findall(r"--[\w-]+", options):
         assert f'"{option}"' in source, f"{script} has no {option}"
