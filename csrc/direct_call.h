@@ -193,7 +193,7 @@ inline PyObject* direct_call(PyObject* self, PyObject* values) {
   void* outputs[8] = {};
   std::string error;
   // Giving up the interpreter's lock costs more than a tiny kernel.
-  PyThreadState* released = elements > 2048 ? PyEval_SaveThread() : nullptr;
+  PyThreadState* released = elements > 16384 ? PyEval_SaveThread() : nullptr;
   try {
     op->call(arguments, outputs);
   } catch (const std::exception& e) {
@@ -218,6 +218,7 @@ inline pybind11::object find_direct(const char* name, pybind11::object alloc,
   namespace py = pybind11;
   static PyMethodDef method = {"direct", direct_call, METH_O, nullptr};
   const fasttx_op* op = fasttx_find_op(name);
+  if (op && op->outputs && alloc.is_none()) op = fasttx_find_op((std::string(name) + ".out").c_str());
   if (!op) return py::none();
   names();
   // Never freed: an op lives as long as its library.

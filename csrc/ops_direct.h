@@ -1,5 +1,7 @@
 // Ops for the dispatcher and, the same functions, for direct calls by fasttx_find_op().
 #pragma once
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <initializer_list>
 #include <string>
@@ -33,6 +35,55 @@ namespace {
 }
 [[maybe_unused]] Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return empty(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype);
+}
+// Contiguous, of t's sizes.
+[[maybe_unused]] Tensor empty_contiguous(const Tensor& t, ScalarType dtype) {
+  int64_t sizes[4];
+  const int64_t dims = t.dim();
+  STD_TORCH_CHECK(dims <= 4, "fasttx: tensors of at most 4 dimensions, got ", dims);
+  for (int64_t d = 0; d < dims; d++) sizes[d] = t.size(d);
+  return empty(sizes, dims, dtype);
+}
+// torch.empty_like: strides of t where it is dense.
+[[maybe_unused]] Tensor dense_like(const Tensor& t, ScalarType dtype) {
+  int64_t sizes[4], strides[4], order[4], dims = t.dim(), wide = 0, inner = 1;
+  STD_TORCH_CHECK(dims <= 4, "fasttx: tensors of at most 4 dimensions, got ", dims);
+  for (int64_t d = 0; d < dims; d++) {
+    sizes[d] = t.size(d);
+    strides[d] = t.stride(d);
+    if (sizes[d] != 1) order[wide++] = d;
+  }
+  std::sort(order, order + wide, [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
+  bool dense = true;
+  for (int64_t i = 0; i < wide; i++) {
+    dense &= strides[order[i]] == inner;
+    inner *= sizes[order[i]];
+  }
+  if (!dense && t.numel() > 0) {
+    const Tensor like = torch::stable::empty_like(t);
+    for (int64_t d = 0; d < dims; d++) strides[d] = like.stride(d);
+  }
+  return empty(sizes, dims, dtype, strides);
+}
+[[maybe_unused]] Tensor empty_contiguous(const Tensor& t) {
+  return empty_contiguous(t, t.scalar_type());
+}
+[[maybe_unused]] Tensor dense_like(const Tensor& t) { return dense_like(t, t.scalar_type()); }
+
+// Of each tensor an empty one of its own, contiguous, where its bit is in `need`; else an empty one
+// of no elements, of x's dtype.
+template <class... T>
+auto empty_gradients(const Tensor& x, int64_t need, const T&... tensors) {
+  const Tensor nothing = empty({0}, x.scalar_type());
+  auto one = [&](const OptionalTensor& t, int bit) {
+    return t.has_value() && need >> bit & 1 ? empty_contiguous(*t) : nothing;
+  };
+  int bit = 0;
+  return std::tuple{one(tensors, bit++)...};
+}
+// The dtype of sums of two floating tensors.
+[[maybe_unused]] ScalarType promoted(ScalarType dtype, const OptionalTensor& t) {
+  return t.has_value() && t->scalar_type() != dtype ? ScalarType::Float : dtype;
 }
 // [B,H,S,D] for the queries q [B,H,S,.], in the memory order [B,S,H,D].
 [[maybe_unused]] Tensor empty_heads(const Tensor& q, int64_t D) {

@@ -2,15 +2,27 @@
 
 Two Functions an op and direction: the classic form, and the setup_context form used only under
 torch.func transforms, which costs three times as much. With grad mode on, the backward is a
-Function of its own, whose backward differentiates
-the reference: a gradient penalty or a grad of grad is right, to any order, not silently dropped.
+Function of its own, whose backward differentiates the reference: a gradient penalty or a grad of
+grad is right, to any order, not silently dropped. What every training call runs is as short as it
+can be: on a tiny tensor a line of Python costs as much as a kernel.
 """
 
+import functools
 from collections.abc import Callable
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
+from torch.compiler import is_compiling
+
+
+@functools.cache
+def _needed(inputs: tuple[bool, ...]) -> tuple[int, Callable]:
+    """From needs_input_grad of (given, *tensors): the tensors' bits, and what takes the gradients
+    of those inputs from the tensors' gradients and a None behind them."""
+    bits = sum(1 << i for i, needed in enumerate(inputs[1:]) if needed)
+    return bits, itemgetter(-1, *(i if needed else -1 for i, needed in enumerate(inputs[1:])))
 
 
 def differentiable(
@@ -29,68 +41,68 @@ def differentiable(
     """
     save = save or (lambda tensors, outputs: (tensors, outputs))
 
-    def keep(ctx, tensors, rest, scalars, backend, constant, outputs):
+    def keep(ctx, given, tensors, outputs):
         kept, kept_outputs = save(tensors, outputs)
-        ctx.save_for_backward(*kept, *rest, *kept_outputs)
-        ctx.counts = len(tensors), len(rest)
-        ctx.scalars, ctx.backend, ctx.constant = scalars, backend, constant
+        ctx.save_for_backward(*kept, *given[0], *kept_outputs)
+        ctx.given = given
         ctx.set_materialize_grads(False)
-        if constant:
-            ctx.mark_non_differentiable(*(outputs[i] for i in constant))
+        if given[3]:
+            ctx.mark_non_differentiable(*[outputs[i] for i in given[3]])
 
     class First(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, rest, scalars, backend, constant, *tensors):
-            outputs = forward(tensors, rest, scalars, backend)
-            keep(ctx, tensors, rest, scalars, backend, constant, outputs)
+        def forward(ctx, given, *tensors):
+            outputs = forward(tensors, *given[:3])
+            keep(ctx, given, tensors, outputs)
             return outputs
 
         @staticmethod
         def backward(ctx, *upstream):
-            # Compiled code hands over zeros for a constant output, where eager gives None.
-            upstream = tuple(None if i in ctx.constant else g for i, g in enumerate(upstream))
-            n, m = ctx.counts
+            if is_compiling() or torch.is_grad_enabled():
+                return differentiable_backward(ctx, upstream)
+            rest, scalars, backend, _ = ctx.given
+            need, place = _needed(ctx.needs_input_grad)
             saved = ctx.saved_tensors
-            tensors, rest, outputs = saved[:n], saved[n : n + m], saved[n + m :]
-            need = sum(1 << i for i, needed in enumerate(ctx.needs_input_grad[4:]) if needed)
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-                grads = backward(upstream, tensors, rest, outputs, ctx.scalars, need, ctx.backend)
-            else:
-                twice = SecondTransformed if torch._C._are_functorch_transforms_active() else Second
-                grads = twice.apply(
-                    len(upstream),
-                    n,
-                    rest,
-                    outputs,
-                    ctx.scalars,
-                    need,
-                    ctx.backend,
-                    *upstream,
-                    *tensors,
-                )
-            return (
-                None,
-                None,
-                None,
-                None,
-                *(g if need >> i & 1 else None for i, g in enumerate(grads)),
+            n = len(ctx.needs_input_grad) - 1
+            m = n + len(rest)
+            grads = backward(upstream, saved[:n], saved[n:m], saved[m:], scalars, need, backend)
+            return place((*grads, None))
+
+    def differentiable_backward(ctx, upstream):
+        rest, scalars, backend, constant = ctx.given
+        # Compiled code hands over zeros for a constant output, where eager gives None.
+        upstream = tuple(None if i in constant else g for i, g in enumerate(upstream))
+        n = len(ctx.needs_input_grad) - 1
+        saved, m = ctx.saved_tensors, n + len(rest)
+        tensors, rest, outputs = saved[:n], saved[n:m], saved[m:]
+        need = sum(1 << i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed)
+        if is_compiling() or not torch.is_grad_enabled():
+            grads = backward(upstream, tensors, rest, outputs, scalars, need, backend)
+        else:
+            twice = SecondTransformed if torch._C._are_functorch_transforms_active() else Second
+            grads = twice.apply(
+                len(upstream), n, rest, outputs, scalars, need, backend, *upstream, *tensors
             )
+        return None, *(g if need >> i & 1 else None for i, g in enumerate(grads))
 
     # Function.apply without what it does for transforms, which call() has ruled out.
     apply_first = super(torch.autograd.Function, First).apply
 
     class FirstTransformed(torch.autograd.Function):
         generate_vmap_rule = True
-        backward = First.backward
 
         @staticmethod
-        def forward(rest, scalars, backend, constant, *tensors):
-            return forward(tensors, rest, scalars, backend)
+        def forward(given, *tensors):
+            return forward(tensors, *given[:3])
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            rest, scalars, backend, constant, *tensors = inputs
-            keep(ctx, tensors, rest, scalars, backend, constant, output)
+            given, *tensors = inputs
+            keep(ctx, given, tensors, output)
+
+        @staticmethod
+        def backward(ctx, *upstream):
+            return differentiable_backward(ctx, upstream)
 
     def run_second(count, n, rest, outputs, scalars, need, backend, *upstream_and_tensors):
         upstream, tensors = upstream_and_tensors[:count], upstream_and_tensors[count:]
@@ -167,14 +179,16 @@ def differentiable(
         constant: tuple[int, ...] = (),
     ) -> tuple[Tensor, ...]:
         if torch._C._are_functorch_transforms_active():
-            return FirstTransformed.apply(rest, scalars, backend, constant, *tensors)
+            return FirstTransformed.apply((rest, scalars, backend, constant), *tensors)
         if torch.is_grad_enabled():
             for t in tensors:
                 if t is not None and t.requires_grad:
-                    if torch.compiler.is_compiling():
-                        return First.apply(rest, scalars, backend, constant, *tensors)
-                    alive = [t if t is None else unwrap_if_dead(t) for t in tensors]
-                    return apply_first(rest, scalars, backend, constant, *alive)
+                    given = rest, scalars, backend, constant
+                    if is_compiling():
+                        return First.apply(given, *tensors)
+                    return apply_first(
+                        given, *[t if t is None else unwrap_if_dead(t) for t in tensors]
+                    )
         return forward(tensors, rest, scalars, backend)
 
     return call

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fasttx
 from fasttx import native
 from fasttx.kernel import Kernel, Needs
-from fasttx.op import OPS
+from fasttx.op import OPS, Op
 
 pytestmark = pytest.mark.skipif(
     native.unavailable() is not None, reason="the native library is not available"
@@ -86,15 +86,105 @@ def test_the_same_as_through_the_dispatcher(name, args):
         assert torch.equal(a, b)
 
 
-def test_an_op_whose_outputs_alloc_makes():
-    q, k, v = (t.requires_grad_() for t in attention_args()[:3])
-    for _ in range(2):  # by the dispatcher, then directly
-        grads = torch.autograd.grad(fasttx.attention(q, k, v).square().sum(), (q, k, v))
-    bwd = OPS["attention_bwd"]
-    assert bwd.direct[None] is not None
-    bwd.direct = {}
-    again = torch.autograd.grad(fasttx.attention(q, k, v).square().sum(), (q, k, v))
-    assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+def leaf(*shape, dtype=torch.float32, grad=True):
+    return torch.randn(shape).to(dtype).requires_grad_(grad)
+
+
+def heads(dtype=torch.float32, T=4):
+    return leaf(2, T, 3, 8, dtype=dtype).transpose(1, 2)
+
+
+def angles():
+    return torch.randn(2, 4, 8).unbind()
+
+
+def map_of(**options):
+    q, k = (heads().detach() for _ in range(2))
+    return fasttx.attention_map(q, k, torch.randn(2, 3, 4), **options)
+
+
+IDS = torch.randint(0, 7, (2, 4))
+TARGET = torch.randint(0, 9, (6,))
+DOORS = {
+    "attention": lambda: fasttx.attention(heads(), heads(), heads()),
+    "attention mask": lambda: fasttx.attention(
+        leaf(2, 3, 4, 8), heads(T=5), leaf(2, 3, 5, 6, grad=False), attn_mask=leaf(1, 1, 4, 5)
+    ),
+    "attention expanded": lambda: fasttx.attention(
+        heads(), leaf(2, 1, 4, 8).expand(2, 3, 4, 8), heads(torch.float32)
+    ),
+    "map": map_of,
+    "map of rows": lambda: map_of(rows=torch.tensor([1, 3])),
+    "map of heads": lambda: map_of(heads=torch.tensor([2])),
+    "map pooled": lambda: map_of(pool=2),
+    "add_norm": lambda: fasttx.add_norm(
+        leaf(2, 3, 8).mT.contiguous().mT, leaf(2, 3, 8), weight=leaf(8), bias=leaf(8)
+    ),
+    "add_norm dropout": lambda: fasttx.add_norm(
+        leaf(2, 8, dtype=torch.bfloat16), leaf(2, 8), weight=None, x_bias=leaf(8), dropout_p=0.5
+    ),
+    "rms_norm": lambda: fasttx.rms_norm(leaf(5, 8, dtype=torch.float16)),
+    "softmax": lambda: fasttx.softmax(leaf(2, 3, 4)),
+    "softmax mask": lambda: fasttx.softmax(
+        leaf(4, 2, 3).permute(1, 2, 0), mask=leaf(1, 3, 1), is_causal=True
+    ),
+    "softmax dim": lambda: fasttx.log_softmax(leaf(2, 3, 4, dtype=torch.bfloat16), dim=0),
+    "softmax of a frozen": lambda: fasttx.softmax(leaf(3, 4, grad=False), mask=leaf(3, 1)),
+    "cross_entropy": lambda: fasttx.cross_entropy(leaf(6, 9), TARGET),
+    "cross_entropy none": lambda: fasttx.cross_entropy(
+        leaf(9, 6, dtype=torch.bfloat16).t(), TARGET, reduction="none"
+    ),
+    "cross_entropy in place": lambda: fasttx.cross_entropy(
+        leaf(6, 9) * 1, TARGET, inplace_grad=True
+    ),
+    "rope": lambda: fasttx.rope(heads(), heads(), *angles()),
+    "rope contiguous": lambda: fasttx.rope(leaf(2, 3, 4, 8), leaf(2, 1, 4, 8), *angles()),
+    "rope in place": lambda: fasttx.rope(
+        leaf(2, 3, 4, 8, grad=False), leaf(2, 3, 4, 8, grad=False), *angles(), inplace=True
+    ),
+    "embed": lambda: fasttx.embed(IDS, leaf(7, 8)),
+    "embed norm": lambda: fasttx.embed(
+        IDS, leaf(7, 8), position_weight=leaf(4, 8, dtype=torch.bfloat16), norm_weight=leaf(8)
+    ),
+    "sample": lambda: fasttx.sample(torch.randn(3, 9), top_k=2),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_what_a_door_calls_directly(door, monkeypatch):
+    """Every op that a door calls, forward and backward, makes what `alloc` does."""
+    calls, call = [], Op.__call__
+
+    def recorded(op, *args, backend=None):
+        calls.append((op, args))
+        return call(op, *args, backend=backend)
+
+    def run():
+        with monkeypatch.context() as m:
+            m.setattr(Op, "__call__", recorded)
+            outputs = DOORS[door]()
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            wanted = [t for t in outputs if t is not None and t.requires_grad]
+            if wanted:
+                sum(t.square().sum() for t in wanted).backward()
+        return outputs
+
+    torch.manual_seed(0)
+    run()  # by the dispatcher
+    calls.clear()
+    torch.manual_seed(0)
+    run()
+    assert calls
+    with torch.no_grad():
+        for op, args in calls:
+            direct = op.direct[None]
+            got, expected = direct(args), op.alloc(*args)
+            assert got is not NotImplemented
+            got, expected = (t if isinstance(t, tuple) else (t,) for t in (got, expected))
+            for a, b in zip(got, expected, strict=True):
+                assert (a is None) == (b is None)
+                if b is not None:
+                    assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
 class Watching(TorchDispatchMode):

@@ -12,18 +12,11 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> add_norm_fwd_outputs(const Tensor& x, FASTTX_ADD_NORM_INPUTS,
                                                         double, double, bool rms, bool prenorm,
                                                         bool wide) {
-  ScalarType dtype = x.scalar_type();
-  if (residual.has_value() && residual->scalar_type() != dtype) dtype = ScalarType::Float;
-  int64_t sizes[4];
-  const int64_t dims = x.dim();
-  STD_TORCH_CHECK(dims >= 1 && dims <= 4, "fasttx: tensors of 1 to 4 dimensions, got ", dims);
+  const ScalarType dtype = promoted(x.scalar_type(), residual);
   int64_t rows = 1;
-  for (int64_t d = 0; d < dims; d++) {
-    sizes[d] = x.size(d);
-    if (d < dims - 1) rows *= sizes[d];
-  }
-  return {empty(sizes, dims, wide ? ScalarType::Float : dtype),
-          prenorm ? empty(sizes, dims, dtype) : empty({0}, dtype),
+  for (int64_t d = 0; d + 1 < x.dim(); d++) rows *= x.size(d);
+  return {empty_contiguous(x, wide ? ScalarType::Float : dtype),
+          prenorm ? empty_contiguous(x, dtype) : empty({0}, dtype),
           empty({rms ? 1 : 2, rows}, ScalarType::Float)};
 }
 
@@ -32,6 +25,14 @@ void add_norm_fwd_cpu(Tensor out, Tensor total, Tensor stats, Tensor x, FASTTX_A
   const fasttx_add_norm a = forward_arguments(out, total, stats, x, residual, weight, bias, x_bias,
                                               seed, eps, dropout_p, rms);
   check(BY_ISA(add_norm_fwd)(a), "add_norm_fwd");
+}
+
+auto add_norm_bwd_outputs(const Tensor& x, const Tensor&, const OptionalTensor&,
+                          const OptionalTensor&, const OptionalTensor& residual,
+                          const OptionalTensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& x_bias, const OptionalTensor&, double, bool,
+                          int64_t need) {
+  return empty_gradients(x, need, x, residual, weight, bias, x_bias);
 }
 
 void add_norm_bwd_cpu(Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dx_bias,
@@ -52,5 +53,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fasttx_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx_native, CPU, m) {
   implement<&add_norm_fwd_cpu, &add_norm_fwd_outputs>(m, "add_norm_fwd_cpu");
-  implement<&add_norm_bwd_cpu>(m, "add_norm_bwd_cpu");
+  implement<&add_norm_bwd_cpu, &add_norm_bwd_outputs>(m, "add_norm_bwd_cpu");
 }

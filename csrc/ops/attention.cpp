@@ -20,6 +20,15 @@ void attention_fwd_cpu(Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,
         "attention_fwd");
 }
 
+auto attention_bwd_outputs(const Tensor&, const OptionalTensor&, const Tensor& q, const Tensor& k,
+                           const Tensor& v, const Tensor&, const Tensor&, FASTTX_ATTENTION_INPUTS,
+                           int64_t need) {
+  const Tensor nothing = empty({0}, q.scalar_type());
+  auto like = [&](const Tensor& t, int64_t bit) { return need & bit ? dense_like(t) : nothing; };
+  return std::tuple_cat(std::tuple{like(q, 1), like(k, 2), like(v, 4)},
+                        empty_gradients(q, need >> 3, mask, table));
+}
+
 void attention_bwd_cpu(Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dtable, Tensor dout,
                        OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
                        FASTTX_ATTENTION_INPUTS, int64_t need) {
@@ -37,5 +46,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fasttx_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx_native, CPU, m) {
   implement<&attention_fwd_cpu, &attention_fwd_outputs>(m, "attention_fwd_cpu");
-  implement<&attention_bwd_cpu>(m, "attention_bwd_cpu");
+  implement<&attention_bwd_cpu, &attention_bwd_outputs>(m, "attention_bwd_cpu");
 }

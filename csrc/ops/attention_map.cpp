@@ -8,6 +8,16 @@ FASTTX_BY_ISA(int, attention_map_fwd, (const fasttx_attention_map&))
 
 namespace {
 
+std::tuple<Tensor> attention_map_fwd_outputs(
+    const Tensor& q, const Tensor& k, const Tensor&, const OptionalTensor& heads,
+    const OptionalTensor& rows, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+    const OptionalTensor&, const OptionalTensor&, double, double, int64_t, int64_t, bool, int64_t,
+    int64_t pool) {
+  const int64_t H = heads.has_value() ? heads->size(0) : q.size(1);
+  const int64_t S = rows.has_value() ? rows->size(0) : q.size(2);
+  return {empty({q.size(0), H, pool ? pool : S, pool ? pool : k.size(2)}, ScalarType::Float)};
+}
+
 void attention_map_fwd_cpu(Tensor out, Tensor q, Tensor k, Tensor lse, OptionalTensor heads,
                            OptionalTensor rows, OptionalTensor mask, OptionalTensor slopes,
                            OptionalTensor positions, OptionalTensor table, OptionalTensor lut,
@@ -46,5 +56,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fasttx_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx_native, CPU, m) {
-  implement<&attention_map_fwd_cpu>(m, "attention_map_fwd_cpu");
+  implement<&attention_map_fwd_cpu, &attention_map_fwd_outputs>(m, "attention_map_fwd_cpu");
 }

@@ -11,6 +11,28 @@ FASTTX_BY_ISA(int, cross_entropy_rescale, (const fasttx_cross_entropy&))
 
 namespace {
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd_outputs(
+    const Tensor&, const Tensor& target, const OptionalTensor&, int64_t, int64_t reduction, double,
+    double) {
+  const int64_t rows = target.size(0);
+  return {empty(&rows, reduction ? 0 : 1, ScalarType::Float), empty({rows}, ScalarType::Float),
+          empty({rows}, ScalarType::Float), empty({2}, ScalarType::Float)};
+}
+
+std::tuple<Tensor> cross_entropy_bwd_outputs(const Tensor&, const Tensor& logits, const Tensor&,
+                                             const OptionalTensor&, const Tensor&, const Tensor&,
+                                             const Tensor&, int64_t, int64_t, double, double) {
+  return {empty_contiguous(logits)};
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_inplace_outputs(const Tensor&, const Tensor& target,
+                                                         const OptionalTensor&, int64_t,
+                                                         int64_t reduction, double, double) {
+  const int64_t rows = target.size(0);
+  return {empty(&rows, reduction ? 0 : 1, ScalarType::Float),
+          empty(nullptr, 0, ScalarType::Float)};
+}
+
 void cross_entropy_fwd_cpu(Tensor loss, Tensor peak, Tensor log_sum, Tensor norm, Tensor logits,
                            Tensor target, OptionalTensor weight, int64_t ignore_index,
                            int64_t reduction, double label_smoothing, double z_loss) {
@@ -53,8 +75,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fasttx_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx_native, CPU, m) {
-  implement<&cross_entropy_fwd_cpu>(m, "cross_entropy_fwd_cpu");
-  implement<&cross_entropy_bwd_cpu>(m, "cross_entropy_bwd_cpu");
-  m.impl("cross_entropy_inplace_cpu", TORCH_BOX(&cross_entropy_inplace_cpu));
-  m.impl("cross_entropy_rescale_cpu", TORCH_BOX(&cross_entropy_rescale_cpu));
+  implement<&cross_entropy_fwd_cpu, &cross_entropy_fwd_outputs>(m, "cross_entropy_fwd_cpu");
+  implement<&cross_entropy_bwd_cpu, &cross_entropy_bwd_outputs>(m, "cross_entropy_bwd_cpu");
+  implement<&cross_entropy_inplace_cpu, &cross_entropy_inplace_outputs>(
+      m, "cross_entropy_inplace_cpu");
+  implement<&cross_entropy_rescale_cpu>(m, "cross_entropy_rescale_cpu");
 }

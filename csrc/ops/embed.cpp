@@ -9,6 +9,20 @@ FASTTX_BY_ISA(int, embed_bwd, (const fasttx_embed&))
 
 namespace {
 
+std::tuple<Tensor, Tensor> embed_fwd_outputs(FASTTX_EMBED_TABLES, FASTTX_EMBED_IDS, double, double,
+                                             bool wide) {
+  const ScalarType tokens = token_weight.scalar_type();
+  const ScalarType dtype = promoted(promoted(tokens, position_weight), segment_weight);
+  const int64_t B = input_ids.size(0), S = input_ids.size(1);
+  return {empty({B, S, token_weight.size(1)}, wide ? ScalarType::Float : dtype),
+          empty({norm == 0 ? 0 : norm == 1 ? 2 : 1, B * S}, ScalarType::Float)};
+}
+
+auto embed_bwd_outputs(FASTTX_EMBED_TABLES, const Tensor&, const Tensor&, FASTTX_EMBED_IDS, double,
+                       int64_t need) {
+  return empty_gradients(token_weight, need, FASTTX_EMBED_GIVEN_TABLES);
+}
+
 void embed_fwd_cpu(Tensor out, Tensor stats, FASTTX_EMBED_TABLES, FASTTX_EMBED_IDS, double eps,
                    double dropout_p, bool) {
   const fasttx_embed a = forward_arguments(out, stats, FASTTX_EMBED_GIVEN_TABLES,
@@ -33,6 +47,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fasttx_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx_native, CPU, m) {
-  implement<&embed_fwd_cpu>(m, "embed_fwd_cpu");
-  implement<&embed_bwd_cpu>(m, "embed_bwd_cpu");
+  implement<&embed_fwd_cpu, &embed_fwd_outputs>(m, "embed_fwd_cpu");
+  implement<&embed_bwd_cpu, &embed_bwd_outputs>(m, "embed_bwd_cpu");
 }

@@ -15,6 +15,11 @@ void rotate(const Tensor& q_out, const OptionalTensor& k_out, const Tensor& q,
   check(BY_ISA(rope)(a), "rope");
 }
 
+std::tuple<Tensor, Tensor> rope_outputs(const Tensor& q, const OptionalTensor& k, const Tensor&,
+                                        const Tensor&, int64_t, bool) {
+  return {dense_like(q), k.has_value() ? dense_like(*k) : empty({0}, q.scalar_type())};
+}
+
 void rope_fwd_cpu(Tensor q_out, Tensor k_out, Tensor q, OptionalTensor k, Tensor cos, Tensor sin,
                   int64_t rotary, bool interleaved) {
   rotate(q_out, k_out, q, k, cos, sin, rotary, interleaved, false);
@@ -39,7 +44,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fasttx_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx_native, CPU, m) {
-  implement<&rope_fwd_cpu>(m, "rope_fwd_cpu");
-  implement<&rope_bwd_cpu>(m, "rope_bwd_cpu");
-  m.impl("rope_inplace_cpu", TORCH_BOX(&rope_inplace_cpu));
+  implement<&rope_fwd_cpu, &rope_outputs>(m, "rope_fwd_cpu");
+  implement<&rope_bwd_cpu, &rope_outputs>(m, "rope_bwd_cpu");
+  implement<&rope_inplace_cpu>(m, "rope_inplace_cpu");
 }

@@ -8,6 +8,11 @@ FASTTX_BY_ISA(int, sample_fwd, (const fasttx_sample&))
 
 namespace {
 
+std::tuple<Tensor> sample_fwd_outputs(const Tensor& logits, const OptionalTensor&, double, int64_t,
+                                      double, bool) {
+  return {empty({logits.size(0)}, ScalarType::Long)};
+}
+
 void sample_fwd_cpu(Tensor ids, Tensor logits, OptionalTensor seed, double factor, int64_t top_k,
                     double top_p, bool greedy) {
   const fasttx_sample a = {view(logits),
@@ -29,5 +34,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fasttx_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx_native, CPU, m) {
-  implement<&sample_fwd_cpu>(m, "sample_fwd_cpu");
+  implement<&sample_fwd_cpu, &sample_fwd_outputs>(m, "sample_fwd_cpu");
 }
