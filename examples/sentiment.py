@@ -1,4 +1,4 @@
-"""Sentiment of tweets: MiniLM with a new head, first frozen, then its upper layers trained.
+"""Sentiment of tweets: MiniLM with a new head, first frozen, then trained.
 
     python examples/sentiment.py --output runs/sentiment
 
@@ -96,7 +96,7 @@ def accuracy(model, examples: TextLabels) -> float:
 
 def main(arguments: list[str] | None = None, pairs: list[tuple[str, int]] | None = None) -> dict:
     parser = options(
-        __doc__, "runs/sentiment", layers=3, epochs=1, batch_size=32, learning_rate=1e-4
+        __doc__, "runs/sentiment", layers=6, epochs=1, batch_size=32, learning_rate=1e-4
     )
     parser.add_argument("--held-out", type=int, default=1000)
     given = parser.parse_args(arguments)
@@ -117,8 +117,8 @@ def main(arguments: list[str] | None = None, pairs: list[tuple[str, int]] | None
         Rows(first_hidden(model, train)),
         f"{given.output}/head",
         epochs=10,
-        batch_size=given.batch_size,
-        learning_rate=1e-3,
+        batch_size=min(256, len(train)),
+        learning_rate=3e-3,
     )
     found["frozen"], found["frozen seconds"] = accuracy(model, test), spent()
     result, found["tuned seconds"] = tune(model, train, f"{given.output}/tuned", tokenizer, given)

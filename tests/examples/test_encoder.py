@@ -117,7 +117,8 @@ def test_questions_are_asked_of_clauses(example):
             ("Dee", "np"), ("left", "vbd"), ("the", "at"), ("town", "nn"), ("in", "in"),
             ("spring", "nn"), ("''", "''"), (".", ".")]  # fmt: skip
     assert list(answers.asked(told)) == [("who left the town in spring ?", (5, 7))]
-    (question,) = answers.questions([[[told]]])
+    (question,) = answers.questions([[[told]]], least=3)
+    assert answers.questions([[[told]]], least=4) == []
     first, end = question.span
     assert question.passage[first:end] == "Cora Dee" and question.passage.startswith("Ann told Bob")
     assert '" Cora Dee left the town in spring " .' in question.passage
