@@ -65,8 +65,12 @@ attention_fwd.backward = attention_bwd
 ORDERED = 32
 _HEADS = {"q.3": (1, 256), "v.3": (0, 256)}
 _HALF = (torch.bfloat16, torch.float16)
+_ABSENT = ("mask", "slopes", "table", "cu_q", "seed", "softcap")
 for _op in (attention_fwd, attention_bwd):
     _triton = f"fasttx.kernels.attention:{_op.name}"
+    _own = Needs(
+        sizes=_HEADS, by_name=True, absent=("dlse", *_ABSENT) if _op is attention_bwd else _ABSENT
+    )
     _reference = Kernel("reference", f"fasttx.reference.attention:{_op.name}", Needs(dtypes=None))
     _op.kernels(
         cpu=[
@@ -74,6 +78,7 @@ for _op in (attention_fwd, attention_bwd):
             Kernel(
                 "triton", _triton, Needs(sizes=_HEADS, env=("TRITON_INTERPRET", "1"), by_name=True)
             ),
+            Kernel("torch", f"fasttx.reference.torch_own:{_op.name}", _own),
             _reference,
         ],
         cuda=[

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from ..autograd import differentiable
 from ..op import HALF, Kernel, Needs, Op
+from ._checks import BACKENDS as OURS
 from ._checks import FLOATS, check_backend, check_float, number, short
 
 __all__ = ["log_softmax", "softmax", "softmax_bwd", "softmax_fwd", "softmax_out"]
 
+BACKENDS = (*OURS, "torch")
 _ALIGNMENTS = {False: (False, False), True: (True, False), "upper_left": (True, False),
                "lower_right": (True, True)}  # fmt: skip
 
@@ -53,10 +55,12 @@ softmax_out = Op(_softmax_out, mutates=("out",))
 softmax_fwd.backward = softmax_bwd
 for _op in (softmax_fwd, softmax_bwd, softmax_out):
     _name = "softmax_bwd" if _op is softmax_bwd else "softmax_fwd"
-    _triton = f"fasttx.kernels.softmax:{_name}"
+    _triton, _torch = f"fasttx.kernels.softmax:{_name}", "fasttx.reference.torch_own"
     _reference = Kernel(
         "reference", f"fasttx.reference.softmax:{_name}", Needs(dtypes=None, dtype_of="x")
     )
+    _own_absent = ("mask", "causal") if _op is softmax_bwd else ("mask", "causal", "wide")
+    _own = Needs(dtype_of="x", absent=_own_absent, by_name=True)
     _op.kernels(
         cpu=[
             Kernel("cpu", f"native:{_name}_cpu", Needs(dtype_of="x")),
@@ -65,6 +69,7 @@ for _op in (softmax_fwd, softmax_bwd, softmax_out):
                 _triton,
                 Needs(dtype_of="x", env=("TRITON_INTERPRET", "1"), by_name=True),
             ),
+            Kernel("torch", f"{_torch}:{_name}", _own),
             _reference,
         ],
         cuda=[
@@ -118,8 +123,8 @@ def softmax(
         dim: the dimension that sums to 1.
         out: memory for the result, of its shape and dtype, or None. x itself may be; gradients are
             not taken then.
-        backend: None chooses; "cpu", "cuda", "triton" or "reference" runs that or raises with every
-            kernel's reason.
+        backend: None chooses; "cpu", "cuda", "triton", "torch" (PyTorch's own kernel, where there
+            is no mask) or "reference" runs that or raises with every kernel's reason.
 
     Returns:
         x's shape and dtype, and x's order in memory where that is dense; float32 under CUDA's
@@ -155,7 +160,7 @@ def log_softmax(
 
 def _call(x, scale, mask, is_causal, dim, out, backend, log):
     if backend is not None:
-        check_backend(backend)
+        check_backend(backend, BACKENDS)
     if not isinstance(x, Tensor) or x.dtype not in FLOATS:
         check_float("x", x)
     dims, last = x.dim(), dim == -1

@@ -421,7 +421,7 @@ BAD = {
     "out device": (ValueError, "out must be on x's device cpu, got meta", {"out": X.to("meta")}),
     "out expanded": (ValueError, "out must have memory of its own .* strides", {"out": torch.empty(1, 6, 8).expand(2, 6, 8)}),
     "out and gradient": (ValueError, "x must not require grad where out is given", {"x": X.clone().requires_grad_(), "out": torch.empty_like(X)}),
-    "backend": (ValueError, "backend must be None or one of cpu, .*reference, got 'cudnn'", {"backend": "cudnn"}),
+    "backend": (ValueError, "backend must be None or one of cpu, .*torch, got 'cudnn'", {"backend": "cudnn"}),
 }  # fmt: skip
 
 
