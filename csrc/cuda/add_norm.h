@@ -1,8 +1,6 @@
 // What the kernels of add_norm share: the arguments on the device, and the sum that is normalized.
 #pragma once
-#include "cuda/philox.h"
-#include "cuda/reduce.h"
-#include "cuda/rows.h"
+#include "cuda/norm_row.h"
 
 namespace fasttx {
 
@@ -13,6 +11,7 @@ struct AddNorm {
   float* partials;  // [parts, 3, N]: sums for dweight, dbias, dx_bias over the rows of a part
   int64_t part_rows;
   int parts;
+  RowGroup group;  // of rows in registers
 };
 
 // z of eight columns: residual + dropout(x + x_bias).
@@ -25,10 +24,7 @@ FASTTX_DEVICE void add_eight(const AddNorm& p, float (&z)[8], const Bits8& resid
 #pragma unroll
     for (int i = 0; i < 8; i++) z[i] += more[i];
   }
-  if (p.dropout.threshold) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) z[i] = kept >> i & 1 ? z[i] * p.dropout.scale : 0.0f;
-  }
+  if (p.dropout.threshold) drop(p.dropout, kept, z);
   if (a.residual.data) {
     unpack8(residual, a.residual.dtype, more);
 #pragma unroll
@@ -42,11 +38,7 @@ FASTTX_DEVICE float add_one(const AddNorm& p, Key key, int64_t m, int64_t x_row,
   const fasttx_add_norm& a = p.a;
   float z = load1(a.x.data, a.x.dtype, x_row + n * a.x.column);
   if (a.x_bias.data) z += load1(a.x_bias.data, a.x_bias.dtype, n * a.x_bias.column);
-  if (p.dropout.threshold) {
-    const uint32_t kept =
-        keep_bits(p.dropout, key, static_cast<uint32_t>(n / 8), static_cast<uint32_t>(m));
-    z = kept >> n % 8 & 1 ? z * p.dropout.scale : 0.0f;
-  }
+  z = drop(p.dropout, key, m, n, z);
   if (a.residual.data)
     z += load1(a.residual.data, a.residual.dtype, residual_row + n * a.residual.column);
   return z;

@@ -7,15 +7,11 @@
 namespace fasttx {
 namespace {
 
-constexpr int WARPS = 4;
-
-template <class T, bool WARP, bool SUMS>
-__global__ void __launch_bounds__(WARP ? 32 * WARPS : 512)
-    add_norm_bwd(const __grid_constant__ AddNorm p) {
+__global__ void __launch_bounds__(512) add_norm_bwd(const __grid_constant__ AddNorm p) {
   FASTTX_SHARED(shared);
   const fasttx_add_norm& a = p.a;
   float* scratch = reinterpret_cast<float*>(shared);
-  const int thread = WARP ? threadIdx.x % 32 : threadIdx.x, warp = threadIdx.x / 32;
+  const int thread = lane_of_group(p.group);
   const int64_t first = blockIdx.x * p.part_rows, last = min(first + p.part_rows, a.M);
   const Key key = load_key(p.dropout);
   const float per_column = 1.0f / a.N;
@@ -23,11 +19,11 @@ __global__ void __launch_bounds__(WARP ? 32 * WARPS : 512)
   const bool live = n < a.N;
   float sums[3][8] = {};
 
-  for (int64_t m = first + (WARP ? warp : 0); m < last; m += WARP ? WARPS : 1) {
+  for (int64_t m = first + (threadIdx.x >> p.group.shift); m < last; m += p.group.rows) {
     Words x;
     Bits8 residual, upstream, straight;
     if (live) {
-      x = load16_once(static_cast<const T*>(a.x.data) + row_offset(a.x, m) + n);
+      x = load16_once(static_cast<const uint16_t*>(a.x.data) + row_offset(a.x, m) + n);
       if (a.dout.data) upstream = load8(a.dout.data, a.dout.dtype, row_offset(a.dout, m) + n);
       if (a.residual.data)
         residual = load8(a.residual.data, a.residual.dtype, row_offset(a.residual, m) + n);
@@ -40,36 +36,26 @@ __global__ void __launch_bounds__(WARP ? 32 * WARPS : 512)
     uint32_t kept = 0;
     if (live) {
       if (p.dropout.threshold) kept = keep_bits(p.dropout, key, thread, static_cast<uint32_t>(m));
-      unpack8<T>(x, xhat);
+      unpack8(x, a.x.dtype, xhat);
       add_eight(p, xhat, residual, kept, n);
 #pragma unroll
       for (int i = 0; i < 8; i++) xhat[i] = (xhat[i] - mean) * rstd;
       if (a.dout.data) unpack8(upstream, a.dout.dtype, g);
-      if (SUMS) {
+      if (p.partials) {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
           sums[0][i] += g[i] * xhat[i];
           sums[1][i] += g[i];
         }
       }
-      if (a.weight.data) {
-        float weight[8];
-        unpack8(load8(a.weight.data, a.weight.dtype, n), a.weight.dtype, weight);
-#pragma unroll
-        for (int i = 0; i < 8; i++) g[i] *= weight[i];
-      }
+      weigh(a.weight, n, g);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         means[0] += g[i];
         means[1] += g[i] * xhat[i];
       }
     }
-    if (WARP) {
-      means[0] = warp_sum(means[0]);
-      means[1] = warp_sum(means[1]);
-    } else {
-      block_sum(means, scratch);
-    }
+    row_sum(p.group, means, scratch);
     if (!live) continue;
     const float along = a.rms ? 0.0f : means[0] * per_column, across = means[1] * per_column;
     float dz[8];
@@ -81,36 +67,15 @@ __global__ void __launch_bounds__(WARP ? 32 * WARPS : 512)
       for (int i = 0; i < 8; i++) dz[i] += g[i];
     }
     if (a.need & 2) store8(a.dresidual.data, a.dresidual.dtype, row_offset(a.dresidual, m) + n, dz);
-    if (p.dropout.threshold) {
-#pragma unroll
-      for (int i = 0; i < 8; i++) dz[i] = kept >> i & 1 ? dz[i] * p.dropout.scale : 0.0f;
-    }
-    if (a.need & 1) store16(static_cast<T*>(a.dx.data) + row_offset(a.dx, m) + n, pack8<T>(dz));
-    if (SUMS) {
+    if (p.dropout.threshold) drop(p.dropout, kept, dz);
+    if (a.need & 1)
+      store16(static_cast<uint16_t*>(a.dx.data) + row_offset(a.dx, m) + n, pack8(dz, a.x.dtype));
+    if (p.partials) {
 #pragma unroll
       for (int i = 0; i < 8; i++) sums[2][i] += dz[i];
     }
   }
-
-  if constexpr (SUMS) {
-#pragma unroll
-    for (int kind = 0; kind < 3; kind++) {
-      if (!(a.need >> (2 + kind) & 1)) continue;
-      if (WARP) {
-        // The other warps hand theirs to the first.
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < 8; i++) scratch[(warp * 8 + i) * 32 + thread] = sums[kind][i];
-        __syncthreads();
-        if (warp) continue;
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-          for (int w = 1; w < WARPS; w++) sums[kind][i] += scratch[(w * 8 + i) * 32 + thread];
-      }
-      if (live)
-        store8(p.partials + (int64_t{blockIdx.x} * 3 + kind) * a.N, FASTTX_F32, n, sums[kind]);
-    }
-  }
+  if (p.partials) store_part(p.group, sums, a.need >> 2, p.partials, a.N, n, scratch);
 }
 
 // dx and dresidual of a row, and its two means for the columns.
@@ -130,14 +95,8 @@ __global__ void __launch_bounds__(256) add_norm_bwd_rows(const __grid_constant__
     const float g = load1(a.dout.data, a.dout.dtype, dout_row + n * a.dout.column);
     return a.weight.data ? g * load1(a.weight.data, a.weight.dtype, n * a.weight.column) : g;
   };
-  float means[2] = {0.0f, 0.0f};
-  for (int64_t n = threadIdx.x; n < a.N; n += blockDim.x) {
-    const float g = gw(n);
-    means[0] += g;
-    means[1] += g * xhat(n);
-  }
-  block_sum(means, scratch);
-  const float along = a.rms ? 0.0f : means[0] / a.N, across = means[1] / a.N;
+  const float2 means = row_means(gw, xhat, a.N, !a.rms, scratch);
+  const float along = means.x, across = means.y;
   if (p.means && threadIdx.x == 0) {
     p.means[m] = along;
     p.means[a.M + m] = across;
@@ -147,12 +106,8 @@ __global__ void __launch_bounds__(256) add_norm_bwd_rows(const __grid_constant__
     if (a.dtotal.data) dz += load1(a.dtotal.data, a.dtotal.dtype, dtotal_row + n * a.dtotal.column);
     if (a.need & 2)
       store1(a.dresidual.data, a.dresidual.dtype, dresidual_row + n * a.dresidual.column, dz);
-    if (p.dropout.threshold) {
-      const uint32_t kept =
-          keep_bits(p.dropout, key, static_cast<uint32_t>(n / 8), static_cast<uint32_t>(m));
-      dz = kept >> n % 8 & 1 ? dz * p.dropout.scale : 0.0f;
-    }
-    if (a.need & 1) store1(a.dx.data, a.dx.dtype, dx_row + n * a.dx.column, dz);
+    if (a.need & 1)
+      store1(a.dx.data, a.dx.dtype, dx_row + n * a.dx.column, drop(p.dropout, key, m, n, dz));
   }
 }
 
@@ -182,79 +137,40 @@ __global__ void __launch_bounds__(256) add_norm_bwd_columns(const __grid_constan
       float dz = (gw - p.means[m] - xhat * p.means[a.M + m]) * rstd;
       if (a.dtotal.data)
         dz += load1(a.dtotal.data, a.dtotal.dtype, row_offset(a.dtotal, m) + n * a.dtotal.column);
-      if (p.dropout.threshold) {
-        const uint32_t kept =
-            keep_bits(p.dropout, key, static_cast<uint32_t>(n / 8), static_cast<uint32_t>(m));
-        dz = kept >> n % 8 & 1 ? dz * p.dropout.scale : 0.0f;
-      }
-      sums[2] += dz;
+      sums[2] += drop(p.dropout, key, m, n, dz);
     }
-  for (int kind = 0; kind < 3; kind++) scratch[(kind * 8 + warp) * 32 + lane] = sums[kind];
-  __syncthreads();
-  if (warp || n >= a.N) return;
-  for (int kind = 0; kind < 3; kind++) {
-    if (!(a.need >> (2 + kind) & 1)) continue;
-    float sum = 0.0f;
-    for (int w = 0; w < 8; w++) sum += scratch[(kind * 8 + w) * 32 + lane];
-    p.partials[(int64_t{blockIdx.y} * 3 + kind) * a.N + n] = sum;
-  }
+  store_part(sums, a.need >> 2, p.partials, a.N, n, scratch);
 }
 
-struct Plan {
-  bool even;  // rows in registers
-  int64_t part_rows, parts;
-};
-
-Plan plan(const fasttx_add_norm& a) {
-  bool even = a.N % 8 == 0 && a.N > 0 && a.N <= 4096;
+Parts plan(const fasttx_add_norm& a) {
+  bool even = a.N % 8 == 0 && a.N > 0 && a.N <= 4096 && a.x.dtype != FASTTX_F32;
   for (const fasttx_rows* r :
        {&a.x, &a.residual, &a.weight, &a.x_bias, &a.dout, &a.dtotal, &a.dx, &a.dresidual})
     even &= by_eight(*r);
-  even &= a.x.dtype == FASTTX_BF16 || a.x.dtype == FASTTX_F16;
-  // Enough parts to fill the device, and so few that adding them up costs little.
-  const int64_t least = even && a.N <= 256 ? 4 * WARPS : 8;
-  const int64_t most = int64_t{multiprocessors()} * (even && a.N > 2048 ? 2 : 4);
-  const int64_t parts = max(int64_t{1}, min(most, (a.M + least - 1) / least));
-  const int64_t rows = (a.M + parts - 1) / parts;
-  return {even, rows, rows ? (a.M + rows - 1) / rows : 0};
-}
-
-template <class T>
-int backward(const AddNorm& p, void* stream) {
-  const bool sums = p.a.need & 28;
-  const dim3 grid(static_cast<unsigned>(p.parts));
-  if (p.a.N <= 256)
-    return launch(sums ? add_norm_bwd<T, true, true> : add_norm_bwd<T, true, false>, grid,
-                  32 * WARPS, WARPS * 8 * 32 * 4, stream, p);
-  const int threads = static_cast<int>((p.a.N + 255) / 256 * 32);
-  return launch(sums ? add_norm_bwd<T, false, true> : add_norm_bwd<T, false, false>, grid, threads,
-                256, stream, p);
+  return parts_of(a.M, a.N, even);
 }
 
 }  // namespace
 }  // namespace fasttx
 
 FASTTX_API int64_t fasttx_cuda_add_norm_bwd_workspace(const fasttx_add_norm& a) {
-  const fasttx::Plan plan = fasttx::plan(a);
-  return (a.need & 28 ? plan.parts * 3 * a.N : 0) + (a.need & 16 ? 2 * a.M : 0);
+  const fasttx::Parts made = fasttx::plan(a);
+  return (a.need & 28 ? made.count * 3 * a.N : 0) + (a.need & 16 ? 2 * a.M : 0);
 }
 
 FASTTX_API int fasttx_cuda_add_norm_bwd(const fasttx_add_norm& a, float* workspace, void* stream) {
   using namespace fasttx;
   if (a.N == 0) return 0;
-  const Plan made = plan(a);
-  AddNorm p = {a,
-               make_dropout(a.dropout_p, a.seed),
-               nullptr,
-               nullptr,
-               made.part_rows,
-               static_cast<int>(made.parts)};
+  const Parts made = plan(a);
+  AddNorm p = {a,         make_dropout(a.dropout_p, a.seed), nullptr,   nullptr,
+               made.rows, static_cast<int>(made.count),      made.group};
   if (a.need & 28) p.partials = workspace;
-  if (a.need & 16) p.means = workspace + made.parts * 3 * a.N;
+  if (a.need & 16) p.means = workspace + made.count * 3 * a.N;
   const unsigned blocks = static_cast<unsigned>((a.N + 31) / 32);
   int status = 0;
   if (a.M && made.even) {
-    status = a.x.dtype == FASTTX_BF16 ? backward<bf16>(p, stream) : backward<f16>(p, stream);
+    status = launch(add_norm_bwd, dim3(static_cast<unsigned>(p.parts)), threads_of(p.group),
+                    part_scratch(p.group), stream, p);
   } else if (a.M) {
     if (a.need & (1 | 2 | 16))
       status = launch(add_norm_bwd_rows, dim3(static_cast<unsigned>(a.M)), 256, 256, stream, p);
@@ -262,12 +178,8 @@ FASTTX_API int fasttx_cuda_add_norm_bwd(const fasttx_add_norm& a, float* workspa
       status = launch(add_norm_bwd_columns, dim3(blocks, p.parts), 256, 3 * 8 * 32 * 4, stream, p);
   }
   if (!status && a.need & 28)
-    status = add_parts({p.partials,
-                        a.N,
-                        p.parts,
-                        {a.need & 4 ? a.dweight : fasttx_rows{},
-                         a.need & 8 ? a.dbias : fasttx_rows{},
-                         a.need & 16 ? a.dx_bias : fasttx_rows{}}},
-                       stream);
+    status = add_parts(p.partials, a.N, p.parts, a.need & 4 ? a.dweight : fasttx_rows{},
+                       a.need & 8 ? a.dbias : fasttx_rows{},
+                       a.need & 16 ? a.dx_bias : fasttx_rows{}, stream);
   return status;
 }

@@ -109,7 +109,6 @@ int make_copy(fasttx_tensor& t, float*& workspace, void* stream) {
 constexpr float FAR = 1000.0f;
 
 // One warp a row: the row's statistics for the backward.
-template <class T>
 __global__ void __launch_bounds__(128) attention_rows(const __grid_constant__ Attention p) {
   const fasttx_attention& a = p.a;
   const int64_t row = int64_t{blockIdx.x} * 4 + threadIdx.x / 32;
@@ -118,8 +117,8 @@ __global__ void __launch_bounds__(128) attention_rows(const __grid_constant__ At
   const int s = static_cast<int>(row % p.S), head = static_cast<int>(row / p.S % p.H);
   const int batch = static_cast<int>(row / p.S / p.H);
   float x[8], y[8];
-  load_lanes(x, row_at<const T>(a.dout, batch, head, s), a.dout.strides[3], p.Dv);
-  load_lanes(y, row_at<const T>(a.out, batch, head, s), a.out.strides[3], p.Dv);
+  load_lanes(x, a.dout, batch, head, s, p.Dv);
+  load_lanes(y, a.out, batch, head, s, p.Dv);
   float delta = dot_lanes(x, y);
   if (a.dlse.data)
     delta -= load(static_cast<const float*>(a.dlse.data) + batch * a.dlse.strides[0] +
@@ -132,11 +131,11 @@ __global__ void __launch_bounds__(128) attention_rows(const __grid_constant__ At
     const Bias b = make_bias(p, at);
     const int i = s - at.row0;
     const Range keys = visible_keys(at, i, 1);
-    load_lanes(x, row_at<const T>(a.q, batch, head, s), 1, p.D);
+    load_lanes(x, a.q, batch, head, s, p.D);
     float total = 0.0f, bend;
     peak = -INFINITY;
     for (int j = keys.begin; j < keys.end; j++) {
-      load_lanes(y, row_at<const T>(a.k, batch, at.kv_head, at.key0 + j), 1, p.D);
+      load_lanes(y, a.k, batch, at.kv_head, at.key0 + j, p.D);
       const float logit = logit_of(p, b, at, dot_lanes(x, y), i, j, bend);
       if (logit == -INFINITY) continue;
       const float top = fmaxf(peak, logit);
@@ -150,8 +149,6 @@ __global__ void __launch_bounds__(128) attention_rows(const __grid_constant__ At
   store(p.peak + row, peak);
   if (p.two_numbers) store(p.log_total + row, log_total);
 }
-
-
 
 }  // namespace
 }  // namespace fasttx
@@ -194,12 +191,6 @@ bool by_hopper(const Attention& p) {
   return compute_capability() == 90 && !attention_bwd_sm90_refuses(p);
 }
 
-template <class T>
-int start_rows(const Attention& p, void* stream) {
-  return launch(attention_rows<T>, dim3(static_cast<unsigned>((row_floats(p) + 3) / 4)), 128, 0,
-                stream, p);
-}
-
 }  // namespace
 }  // namespace fasttx
 
@@ -227,7 +218,8 @@ FASTTX_API int fasttx_cuda_attention_bwd(const fasttx_attention& given, float* w
     workspace += row_array(p);
   }
   if (row_floats(p))
-    status = p.a.q.dtype == FASTTX_BF16 ? start_rows<bf16>(p, stream) : start_rows<f16>(p, stream);
+    status = launch(attention_rows, dim3(static_cast<unsigned>((row_floats(p) + 3) / 4)), 128, 0,
+                    stream, p);
   if (status != cudaSuccess) return status;
   return by_hopper(p) ? attention_bwd_sm90(p, workspace, stream)
                       : attention_bwd_sm80(p, workspace, stream);

@@ -16,7 +16,7 @@ struct Running {
 };
 
 // One row at a time by a warp, from what each row sees alone: no product of a probability of zero.
-template <class T, bool EVEN>
+template <bool EVEN>
 FASTTX_DEVICE Running careful_row(const Decode& p, const Query& q, int b, int g, int begin, int end,
                                   float (&acc)[8]) {
   const fasttx_decode& a = p.a;
@@ -24,14 +24,15 @@ FASTTX_DEVICE Running careful_row(const Decode& p, const Query& q, int b, int g,
   const int64_t q_row =
       b * a.q.strides[0] + q.head * a.q.strides[1] + q.i * a.q.strides[2];
   float query[8], x[8];
-  unpack8<T>(load_columns<T, EVEN>(a.q, q_row, column, p.D), query);
+  const int dtype = a.q.dtype;
+  unpack8(load_columns<EVEN>(a.q, q_row, column, p.D), dtype, query);
   Running row = {-INFINITY, 0.0f};
 #pragma unroll
   for (int i = 0; i < 8; i++) acc[i] = 0.0f;
   for (int j = max(begin, q.low); j < min(end, q.high); j++) {
     const Slot slot = slot_of(p, b, j);
     if (slot.owner < 0) continue;
-    unpack8<T>(load_columns<T, EVEN>(a.k, slot_offset(a.k, slot, g), column, p.D), x);
+    unpack8(load_columns<EVEN>(a.k, slot_offset(a.k, slot, g), column, p.D), dtype, x);
     float product = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; i++) product += query[i] * x[i];
@@ -40,15 +41,17 @@ FASTTX_DEVICE Running careful_row(const Decode& p, const Query& q, int b, int g,
     const float decay = row.peak == -INFINITY ? 1.0f : exp2_approx(row.peak - shift);
     const float weight = exp2_approx(logit - shift);
     row = {peak, row.total * decay + weight};
-    unpack8<T>(load_columns<T, EVEN>(a.v, slot_offset(a.v, slot, g), column, p.Dv), x);
+    unpack8(load_columns<EVEN>(a.v, slot_offset(a.v, slot, g), column, p.Dv), dtype, x);
 #pragma unroll
     for (int i = 0; i < 8; i++) acc[i] = acc[i] * decay + weight * x[i];
   }
   return row;
 }
 
-template <class T, int CHUNKS, bool EVEN>
-__global__ void __launch_bounds__(32 * WARPS, CHUNKS == 1 ? 4 : CHUNKS == 2 ? 3 : 2)
+template <int CHUNKS, bool EVEN>
+__global__ void __launch_bounds__(32 * WARPS, CHUNKS == 1   ? 4
+                                              : CHUNKS == 2 ? 3
+                                                            : 2)
     attention_decode(const __grid_constant__ Decode p) {
   FASTTX_SHARED(shared);
   constexpr int COLUMNS = 64 * CHUNKS, STEPS = COLUMNS / 32;
@@ -58,6 +61,13 @@ __global__ void __launch_bounds__(32 * WARPS, CHUNKS == 1 ? 4 : CHUNKS == 2 ? 3 
   float* flags = statistics + 2 * WARPS * ROWS;       // [WARPS]
   Query* rows = reinterpret_cast<Query*>(flags + WARPS);  // [ROWS]
   const fasttx_decode& a = p.a;
+  const int dtype = a.q.dtype;
+  auto by_dtype = [&](auto products) {
+    if (dtype == FASTTX_BF16)
+      products(bf16());
+    else
+      products(f16());
+  };
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, part = lane % 4;
   int block = blockIdx.x;
   const int split = block % p.splits;
@@ -76,7 +86,7 @@ __global__ void __launch_bounds__(32 * WARPS, CHUNKS == 1 ? 4 : CHUNKS == 2 ? 3 
     if (first_row + r < p.group * p.S) {
       const int head = g * p.group + (first_row + r) / p.S, i = (first_row + r) % p.S;
       const int64_t from = b * a.q.strides[0] + head * a.q.strides[1] + i * a.q.strides[2];
-      words = load_columns<T, EVEN>(a.q, from, 32 * s + 8 * t, p.D);
+      words = load_columns<EVEN>(a.q, from, 32 * s + 8 * t, p.D);
     }
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -114,7 +124,7 @@ __global__ void __launch_bounds__(32 * WARPS, CHUNKS == 1 ? 4 : CHUNKS == 2 ? 3 
 #pragma unroll
       for (int s = 0; s < STEPS; s++)
         k[s] = at.owner < 0 ? Words{{0, 0, 0, 0}}
-                            : load_columns<T, EVEN>(a.k, from, 32 * s + 8 * part, p.D);
+                            : load_columns<EVEN>(a.k, from, 32 * s + 8 * part, p.D);
     };
     // As many loads are under way at once as registers hold.
     constexpr int KEYS_AHEAD = CHUNKS > 2 ? 1 : 2, VALUES_AHEAD = CHUNKS > 2 ? 1 : CHUNKS;
@@ -127,9 +137,9 @@ __global__ void __launch_bounds__(32 * WARPS, CHUNKS == 1 ? 4 : CHUNKS == 2 ? 3 
     auto load_values = [&](int c, Words(&v)[4]) {
 #pragma unroll
       for (int n = 0; n < 4; n++)
-        v[n] = at[n].owner < 0 ? Words{{0, 0, 0, 0}}
-                               : load_columns<T, EVEN>(a.v, slot_offset(a.v, at[n], g),
-                                                       64 * c + 8 * row, p.Dv);
+        v[n] = at[n].owner < 0
+                   ? Words{{0, 0, 0, 0}}
+                   : load_columns<EVEN>(a.v, slot_offset(a.v, at[n], g), 64 * c + 8 * row, p.Dv);
     };
 #pragma unroll
     for (int c = 0; c < VALUES_AHEAD; c++) load_values(c, v[c]);
@@ -138,17 +148,19 @@ __global__ void __launch_bounds__(32 * WARPS, CHUNKS == 1 ? 4 : CHUNKS == 2 ? 3 
 #pragma unroll
     for (int first_n = 0; first_n < 2; first_n += KEYS_AHEAD) {
       if (first_n) load_keys(first_n, k[0]);
+      by_dtype([&](auto type) {
 #pragma unroll
-      for (int s = 0; s < STEPS; s++)
+        for (int s = 0; s < STEPS; s++)
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-          if (32 * s >= p.D) continue;
-          const Words words = queries[(2 * s + h) * 32 + lane];
-          const uint32_t q[4] = {words.w[0], words.w[1], words.w[2], words.w[3]};
+          for (int h = 0; h < 2; h++) {
+            if (32 * s >= p.D) continue;
+            const Words words = queries[(2 * s + h) * 32 + lane];
+            const uint32_t q[4] = {words.w[0], words.w[1], words.w[2], words.w[3]};
 #pragma unroll
-          for (int n = 0; n < KEYS_AHEAD; n++)
-            mma<T>(score[first_n + n], q, k[n][s].w[2 * h], k[n][s].w[2 * h + 1]);
-        }
+            for (int n = 0; n < KEYS_AHEAD; n++)
+              mma<decltype(type)>(score[first_n + n], q, k[n][s].w[2 * h], k[n][s].w[2 * h + 1]);
+          }
+      });
     }
 
     float decay[2];
@@ -191,27 +203,30 @@ __global__ void __launch_bounds__(32 * WARPS, CHUNKS == 1 ? 4 : CHUNKS == 2 ? 3 
 #pragma unroll
           for (int e = 0; e < 4; e++) acc[c][i][e] *= decay[e / 2];
     }
-    uint32_t weights[4];
-#pragma unroll
-    for (int w = 0; w < 4; w++)
-      weights[w] = T::pack(score[w / 2][w % 2 * 2], score[w / 2][w % 2 * 2 + 1]);
     // Column 8 row + i of a chunk is column `row` of product i.
+    by_dtype([&](auto type) {
+      using T = decltype(type);
+      uint32_t weights[4];
 #pragma unroll
-    for (int c = 0; c < CHUNKS; c++) {
-      if (64 * c >= p.Dv) continue;
-      Words(&now)[4] = v[c < VALUES_AHEAD ? c : 0];
-      if (c >= VALUES_AHEAD) load_values(c, now);
+      for (int w = 0; w < 4; w++)
+        weights[w] = T::pack(score[w / 2][w % 2 * 2], score[w / 2][w % 2 * 2 + 1]);
 #pragma unroll
-      for (int i = 0; i < 8; i++) {
-        uint32_t pair[2];
+      for (int c = 0; c < CHUNKS; c++) {
+        if (64 * c >= p.Dv) continue;
+        Words(&now)[4] = v[c < VALUES_AHEAD ? c : 0];
+        if (c >= VALUES_AHEAD) load_values(c, now);
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-          const uint32_t x = now[2 * h].w[i / 2], y = now[2 * h + 1].w[i / 2];
-          pair[h] = i % 2 ? x >> 16 | (y & 0xffff0000u) : (x & 0xffffu) | y << 16;
+        for (int i = 0; i < 8; i++) {
+          uint32_t pair[2];
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            const uint32_t x = now[2 * h].w[i / 2], y = now[2 * h + 1].w[i / 2];
+            pair[h] = i % 2 ? x >> 16 | (y & 0xffff0000u) : (x & 0xffffu) | y << 16;
+          }
+          mma<T>(acc[c][i], weights, pair[0], pair[1]);
         }
-        mma<T>(acc[c][i], weights, pair[0], pair[1]);
       }
-    }
+    });
   }
 
   // Where queries see different keys, a product may have met NaN or infinity behind a zero.
@@ -280,7 +295,7 @@ __global__ void __launch_bounds__(32 * WARPS, CHUNKS == 1 ? 4 : CHUNKS == 2 ? 3 
   } else {
     for (int r = warp; r < ROWS; r += WARPS) {
       float x[8];
-      const Running found = careful_row<T, EVEN>(p, rows[r], b, g, begin, end, x);
+      const Running found = careful_row<EVEN>(p, rows[r], b, g, begin, end, x);
       if (lane * 8 < COLUMNS) {
 #pragma unroll
         for (int i = 0; i < 8; i++) sums[r * COLUMNS + lane * 8 + i] = x[i];
@@ -313,18 +328,16 @@ __global__ void __launch_bounds__(32 * WARPS, CHUNKS == 1 ? 4 : CHUNKS == 2 ? 3 
     }
     const int64_t to = b * a.out.strides[0] + head * a.out.strides[1] + i * a.out.strides[2];
     if (EVEN) {
-      store16(static_cast<T*>(a.out.data) + to + d, pack8<T>(x));
+      store16(static_cast<uint16_t*>(a.out.data) + to + d, pack8(x, dtype));
     } else {
 #pragma unroll
       for (int k = 0; k < 8; k++)
-        if (d + k < p.Dv)
-          store(static_cast<T*>(a.out.data) + to + (d + k) * a.out.strides[3], from_float<T>(x[k]));
+        if (d + k < p.Dv) store1(a.out.data, dtype, to + (d + k) * a.out.strides[3], x[k]);
     }
   }
 }
 
 // One row by a warp: its splits added up in their order.
-template <class T>
 __global__ void __launch_bounds__(32 * WARPS)
     attention_decode_combine(const __grid_constant__ Decode p) {
   const fasttx_decode& a = p.a;
@@ -365,13 +378,13 @@ __global__ void __launch_bounds__(32 * WARPS)
   for (int i = 0; i < 8; i++) acc[i] *= by;
   const int64_t b = row / (int64_t{p.H} * p.S), head = row / p.S % p.H;
   const int64_t to = b * a.out.strides[0] + head * a.out.strides[1] + row % p.S * a.out.strides[2];
-  T* out = static_cast<T*>(a.out.data) + to;
+  auto* out = static_cast<uint16_t*>(a.out.data) + to;
   if (p.width == p.Dv && a.out.strides[3] == 1 && reinterpret_cast<uintptr_t>(out) % 16 == 0) {
-    store16(out + d, pack8<T>(acc));
+    store16(out + d, pack8(acc, a.out.dtype));
   } else {
 #pragma unroll
     for (int i = 0; i < 8; i++)
-      if (d + i < p.Dv) store(out + (d + i) * a.out.strides[3], from_float<T>(acc[i]));
+      if (d + i < p.Dv) store1(out, a.out.dtype, (d + i) * a.out.strides[3], acc[i]);
   }
 }
 
@@ -416,26 +429,25 @@ Decode arguments(const fasttx_decode& a) {
 }
 int64_t rows_of(const Decode& p) { return p.a.q.sizes[0] * p.H * p.S; }
 
-template <class T, int CHUNKS, bool EVEN>
+template <int CHUNKS, bool EVEN>
 int attend(const Decode& p, void* stream) {
   const size_t shared =
       (ROWS * 64 * CHUNKS + 2 * WARPS * ROWS + WARPS) * sizeof(float) + ROWS * sizeof(Query);
   const int64_t blocks = p.a.q.sizes[0] * p.G * p.tiles * p.splits;
-  return launch(attention_decode<T, CHUNKS, EVEN>, dim3(static_cast<unsigned>(blocks)), 32 * WARPS,
+  return launch(attention_decode<CHUNKS, EVEN>, dim3(static_cast<unsigned>(blocks)), 32 * WARPS,
                 shared, stream, p);
 }
 
-template <class T>
 int forward(const Decode& p, void* stream) {
   bool even = p.D % 8 == 0 && p.Dv % 8 == 0;
   for (const fasttx_tensor* t : {&p.a.q, &p.a.k, &p.a.v, &p.a.out}) even &= by_eight(*t, 3);
   const int widest = max(p.D, p.Dv);
-  int status = !even           ? attend<T, 4, false>(p, stream)
-               : widest <= 64  ? attend<T, 1, true>(p, stream)
-               : widest <= 128 ? attend<T, 2, true>(p, stream)
-                               : attend<T, 4, true>(p, stream);
+  int status = !even           ? attend<4, false>(p, stream)
+               : widest <= 64  ? attend<1, true>(p, stream)
+               : widest <= 128 ? attend<2, true>(p, stream)
+                               : attend<4, true>(p, stream);
   if (!status && p.splits > 1)
-    status = launch(attention_decode_combine<T>,
+    status = launch(attention_decode_combine,
                     dim3(static_cast<unsigned>((rows_of(p) + WARPS - 1) / WARPS)), 32 * WARPS, 0,
                     stream, p);
   return status;
@@ -470,5 +482,5 @@ FASTTX_API int fasttx_cuda_attention_decode(const fasttx_decode& a, float* works
                     dim3(static_cast<unsigned>((2 * p.reach + 256) / 256), p.H), 256, 0, stream, p);
   }
   if (status) return status;
-  return a.q.dtype == FASTTX_BF16 ? forward<bf16>(p, stream) : forward<f16>(p, stream);
+  return forward(p, stream);
 }

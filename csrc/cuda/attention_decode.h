@@ -91,7 +91,7 @@ FASTTX_DEVICE float logit_of(const Decode& p, const Query& q, int b, int j, floa
 }
 
 // Eight columns of a row, zeros beyond its width.
-template <class T, bool EVEN>
+template <bool EVEN>
 FASTTX_DEVICE Words load_columns(const fasttx_tensor& t, int64_t row, int column, int width) {
   Words words = {{0, 0, 0, 0}};
   const uint16_t* from = static_cast<const uint16_t*>(t.data) + row;

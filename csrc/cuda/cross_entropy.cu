@@ -37,17 +37,16 @@ __global__ void __launch_bounds__(SINGLE)
   if (p.weight_sum) *p.weight_sum = sums[2];
 }
 
-template <class T, bool IN_PLACE>
 __global__ void __launch_bounds__(512, 2)
     cross_entropy_rows(const __grid_constant__ CrossEntropy p) {
   FASTTX_SHARED(shared);
   float* scratch = reinterpret_cast<float*>(shared);
   const fasttx_cross_entropy& a = p.a;
   const int64_t m = blockIdx.x, target = target_of(p, m), stride = a.logits.strides[2];
-  T* row = static_cast<T*>(a.logits.data) + row_of(a.logits, p, m);
+  auto* row = static_cast<uint16_t*>(a.logits.data) + row_of(a.logits, p, m);
   const bool used = target != a.ignore_index;
   RowStatistics s = {0.0f, 0.0f, 0.0f};
-  if (used) s = row_statistics(p, static_cast<const T*>(row), stride, target, scratch);
+  if (used) s = row_statistics(p, row, stride, target, scratch);
   if (threadIdx.x == 0) {
     const float lse = s.peak + s.log_sum;
     // In place the rows are gone afterwards: both terms are added here, in the parts of the mean.
@@ -58,17 +57,16 @@ __global__ void __launch_bounds__(512, 2)
       store(static_cast<float*>(a.loss.data) + m, loss);
     else
       store(p.terms + m, loss);
-    if (!IN_PLACE) {
+    if (!p.in_place) {
       store(static_cast<float*>(a.peak.data) + m, s.peak);
       store(static_cast<float*>(a.log_sum.data) + m, s.log_sum);
     }
   }
-  if (!IN_PLACE) return;
+  if (!p.in_place) return;
   // Every thread has read the target's logit.
   __syncthreads();
   if (used)
-    row_gradient(p, row, stride, static_cast<const T*>(row), stride, target, s.peak, s.log_sum,
-                 p.norm[0], p.norm[1]);
+    row_gradient(p, row, stride, row, stride, target, s.peak, s.log_sum, p.norm[0], p.norm[1]);
   else
     row_zero(row, stride, p.V);
 }
@@ -91,17 +89,16 @@ __global__ void __launch_bounds__(SINGLE)
   *static_cast<float*>(p.a.loss.data) = loss;
 }
 
-template <class T>
 __global__ void __launch_bounds__(512, 2)
     cross_entropy_bwd(const __grid_constant__ CrossEntropy p) {
   const fasttx_cross_entropy& a = p.a;
   const int64_t m = blockIdx.x, target = target_of(p, m), stride = a.dlogits.strides[2];
-  T* gradient = static_cast<T*>(a.dlogits.data) + row_of(a.dlogits, p, m);
+  auto* gradient = static_cast<uint16_t*>(a.dlogits.data) + row_of(a.dlogits, p, m);
   if (target == a.ignore_index) {
     row_zero(gradient, stride, p.V);
     return;
   }
-  const T* row = static_cast<const T*>(a.logits.data) + row_of(a.logits, p, m);
+  const auto* row = static_cast<const uint16_t*>(a.logits.data) + row_of(a.logits, p, m);
   const float up = load(static_cast<const float*>(a.dloss.data) +
                         (a.reduction == FASTTX_NONE ? m * a.dloss.strides[0] : 0));
   row_gradient(p, gradient, stride, row, a.logits.strides[2], target,
@@ -110,7 +107,6 @@ __global__ void __launch_bounds__(512, 2)
 }
 
 // The gradient left in the logits, times dloss * factor.
-template <class T>
 __global__ void __launch_bounds__(512, 2)
     cross_entropy_rescale(const __grid_constant__ CrossEntropy p) {
   const fasttx_cross_entropy& a = p.a;
@@ -121,16 +117,16 @@ __global__ void __launch_bounds__(512, 2)
       *static_cast<const float*>(a.factor.data) *
       load(static_cast<const float*>(a.dloss.data) + (each ? m * a.dloss.strides[0] : 0));
   if (by == 1.0f) return;
-  T* row = static_cast<T*>(a.logits.data) + row_of(a.logits, p, m);
+  auto* row = static_cast<uint16_t*>(a.logits.data) + row_of(a.logits, p, m);
   sweep<4>(
-      static_cast<const T*>(row), stride, p.V, stride == 1,
-      [&](int n, const float (&x)[8]) {
+      row, a.logits.dtype, stride, p.V, stride == 1,
+      [&](int n, const float(&x)[8]) {
         float d[8];
 #pragma unroll
         for (int i = 0; i < 8; i++) d[i] = x[i] * by;
-        store16(row + n, pack8<T>(d));
+        store16(row + n, pack8(d, a.logits.dtype));
       },
-      [&](int n, float x) { store(row + n * stride, from_float<T>(x * by)); });
+      [&](int n, float x) { store1(row, a.logits.dtype, n * stride, x * by); });
 }
 
 CrossEntropy arguments(const fasttx_cross_entropy& a, float* workspace) {
@@ -141,30 +137,25 @@ CrossEntropy arguments(const fasttx_cross_entropy& a, float* workspace) {
                     static_cast<float*>(a.norm.data),
                     workspace,
                     nullptr,
+                    0,
                     0};
   if (a.weight.data && a.label_smoothing != 0) p.weight_sum = workspace + p.rows;
   if (!p.norm) p.norm = workspace + p.rows + 1;
   return p;
 }
 
-int by_row(void (*bf16_kernel)(CrossEntropy), void (*f16_kernel)(CrossEntropy),
-           const CrossEntropy& p, void* stream) {
+int by_row(void (*kernel)(CrossEntropy), const CrossEntropy& p, void* stream) {
   if (p.rows == 0 || p.V == 0) return 0;
   const int threads = p.V <= 4096 ? 128 : 512;
-  return launch(p.a.logits.dtype == FASTTX_BF16 ? bf16_kernel : f16_kernel,
-                dim3(static_cast<unsigned>(p.rows)), threads, 96 * 4, stream, p);
+  return launch(kernel, dim3(static_cast<unsigned>(p.rows)), threads, 96 * 4, stream, p);
 }
 int by_one(void (*kernel)(CrossEntropy), const CrossEntropy& p, void* stream) {
   return launch(kernel, dim3(1), SINGLE, 96 * 4, stream, p);
 }
 
-int forward(const CrossEntropy& p, bool in_place, void* stream) {
+int forward(const CrossEntropy& p, void* stream) {
   int status = by_one(cross_entropy_count, p, stream);
-  if (!status)
-    status =
-        in_place
-            ? by_row(cross_entropy_rows<bf16, true>, cross_entropy_rows<f16, true>, p, stream)
-            : by_row(cross_entropy_rows<bf16, false>, cross_entropy_rows<f16, false>, p, stream);
+  if (!status) status = by_row(cross_entropy_rows, p, stream);
   if (!status && p.a.reduction != FASTTX_NONE) status = by_one(cross_entropy_finish, p, stream);
   return status;
 }
@@ -175,13 +166,14 @@ int forward(const CrossEntropy& p, bool in_place, void* stream) {
 // Each a cudaError_t; workspace: B * S + 3 floats.
 FASTTX_API int fasttx_cuda_cross_entropy_fwd(const fasttx_cross_entropy& a, float* workspace,
                                              void* stream) {
-  return fasttx::forward(fasttx::arguments(a, workspace), false, stream);
+  return fasttx::forward(fasttx::arguments(a, workspace), stream);
 }
 FASTTX_API int fasttx_cuda_cross_entropy_inplace(const fasttx_cross_entropy& a, float* workspace,
                                                  void* stream) {
   fasttx::CrossEntropy p = fasttx::arguments(a, workspace);
+  p.in_place = 1;
   p.later = a.logits.dtype == FASTTX_F16;
-  return fasttx::forward(p, true, stream);
+  return fasttx::forward(p, stream);
 }
 FASTTX_API int fasttx_cuda_cross_entropy_bwd(const fasttx_cross_entropy& a, float* workspace,
                                              void* stream) {
@@ -195,10 +187,9 @@ FASTTX_API int fasttx_cuda_cross_entropy_bwd(const fasttx_cross_entropy& a, floa
     again.a.reduction = FASTTX_NONE;
     status = by_one(cross_entropy_count, again, stream);
   }
-  return status ? status : by_row(cross_entropy_bwd<bf16>, cross_entropy_bwd<f16>, p, stream);
+  return status ? status : by_row(cross_entropy_bwd, p, stream);
 }
 FASTTX_API int fasttx_cuda_cross_entropy_rescale(const fasttx_cross_entropy& a, void* stream) {
   using namespace fasttx;
-  return by_row(cross_entropy_rescale<bf16>, cross_entropy_rescale<f16>, arguments(a, nullptr),
-                stream);
+  return by_row(cross_entropy_rescale, arguments(a, nullptr), stream);
 }

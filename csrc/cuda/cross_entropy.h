@@ -14,6 +14,7 @@ struct CrossEntropy {
   float* norm;        // [2]: what cross-entropy and z-loss are multiplied by
   float* terms;       // [M]: cross-entropy of each row
   float* weight_sum;  // of all classes; absent: their number
+  int in_place;       // the gradient takes the logits' place
   int later;          // in place: norm[0] is left to the factor
 };
 

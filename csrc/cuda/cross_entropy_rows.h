@@ -9,13 +9,12 @@ struct RowStatistics {
 };
 
 // The same in every thread. scratch: 96 floats of shared memory.
-template <class T>
-FASTTX_DEVICE RowStatistics row_statistics(const CrossEntropy& p, const T* row, int64_t stride,
-                                           int64_t target, float* scratch) {
+FASTTX_DEVICE RowStatistics row_statistics(const CrossEntropy& p, const uint16_t* row,
+                                           int64_t stride, int64_t target, float* scratch) {
   const fasttx_cross_entropy& a = p.a;
   const bool smooth = a.label_smoothing != 0;
   // Sums of differences to a number of the row keep their digits where logits are large.
-  float pivot = smooth ? to_float(load(row)) : 0.0f;
+  float pivot = smooth ? load1(row, a.logits.dtype, 0) : 0.0f;
   if (!(fabsf(pivot) < INFINITY)) pivot = 0.0f;
   float peak = -INFINITY, sum = 0.0f, rest = 0.0f;
   auto raise = [&](float to) {
@@ -29,8 +28,8 @@ FASTTX_DEVICE RowStatistics row_statistics(const CrossEntropy& p, const T* row, 
     if (smooth) rest += weight_of(p, n) * (x - pivot);
   };
   sweep<4>(
-      row, stride, p.V, stride == 1,
-      [&](int n, const float (&x)[8]) {
+      row, a.logits.dtype, stride, p.V, stride == 1,
+      [&](int n, const float(&x)[8]) {
         float largest = x[0];
 #pragma unroll
         for (int i = 1; i < 8; i++) largest = fmaxf(largest, x[i]);
@@ -51,7 +50,7 @@ FASTTX_DEVICE RowStatistics row_statistics(const CrossEntropy& p, const T* row, 
 
   const float share = static_cast<float>(a.label_smoothing) / p.V;
   const bool inside = target >= 0 && target < p.V;
-  const float x = inside ? to_float(load(row + target * stride)) : NAN;
+  const float x = inside ? load1(row, a.logits.dtype, target * stride) : NAN;
   s.term = static_cast<float>(1 - a.label_smoothing) * (inside ? weight_of(p, target) : 1.0f) *
            (s.peak - x + s.log_sum);
   if (smooth) {
@@ -63,11 +62,11 @@ FASTTX_DEVICE RowStatistics row_statistics(const CrossEntropy& p, const T* row, 
 
 // gradient = d sum(dloss * loss) / d row; where the rows are one, each element is read before it is
 // written by the same thread.
-template <class T>
-FASTTX_DEVICE void row_gradient(const CrossEntropy& p, T* gradient, int64_t gradient_stride,
-                                const T* row, int64_t stride, int64_t target, float peak,
+FASTTX_DEVICE void row_gradient(const CrossEntropy& p, uint16_t* gradient, int64_t gradient_stride,
+                                const uint16_t* row, int64_t stride, int64_t target, float peak,
                                 float log_sum, float up, float up_z) {
   const fasttx_cross_entropy& a = p.a;
+  const int dtype = a.logits.dtype;
   const float share = static_cast<float>(a.label_smoothing) / p.V;
   const bool inside = target >= 0 && target < p.V;
   const float keep =
@@ -86,19 +85,18 @@ FASTTX_DEVICE void row_gradient(const CrossEntropy& p, T* gradient, int64_t grad
       stride == 1 && gradient_stride == 1 &&
       (reinterpret_cast<uintptr_t>(gradient) ^ reinterpret_cast<uintptr_t>(row)) % 16 == 0;
   sweep<4>(
-      row, stride, p.V, alike,
-      [&](int n, const float (&x)[8]) {
+      row, dtype, stride, p.V, alike,
+      [&](int n, const float(&x)[8]) {
         float d[8];
 #pragma unroll
         for (int i = 0; i < 8; i++) d[i] = value(n + i, x[i]);
-        store16(gradient + n, pack8<T>(d));
+        store16(gradient + n, pack8(d, dtype));
       },
-      [&](int n, float x) { store(gradient + n * gradient_stride, from_float<T>(value(n, x))); });
+      [&](int n, float x) { store1(gradient, dtype, n * gradient_stride, value(n, x)); });
 }
 
 // What an ignored row gets, unread.
-template <class T>
-FASTTX_DEVICE void row_zero(T* gradient, int64_t stride, int V) {
+FASTTX_DEVICE void row_zero(uint16_t* gradient, int64_t stride, int V) {
   int lead = V, vectors = 0;
   if (stride == 1) {
     lead = min(V, static_cast<int>((16 - reinterpret_cast<uintptr_t>(gradient) % 16) % 16 / 2));
@@ -107,7 +105,7 @@ FASTTX_DEVICE void row_zero(T* gradient, int64_t stride, int V) {
   for (int i = threadIdx.x; i < vectors; i += blockDim.x)
     store16(gradient + lead + i * 8, Words{{0, 0, 0, 0}});
   for (int i = threadIdx.x; i < V - 8 * vectors; i += blockDim.x)
-    store(gradient + (i < lead ? i : i + 8 * vectors) * stride, T{0});
+    store(gradient + (i < lead ? i : i + 8 * vectors) * stride, uint16_t{0});
 }
 
 }  // namespace fasttx

@@ -8,6 +8,9 @@
 
 namespace fasttx {
 
+template <class T>
+constexpr int dtype_of = T::is_bf16 ? FASTTX_BF16 : FASTTX_F16;
+
 struct Bits8 {
   Words w[2];  // the second is fp32's alone
 };
@@ -33,14 +36,19 @@ FASTTX_DEVICE void unpack8(const Words& words, float (&v)[8]) {
     v[2 * i + 1] = two.y;
   }
 }
+// Of bf16 or fp16.
+FASTTX_DEVICE void unpack8(const Words& words, int dtype, float (&v)[8]) {
+  if (dtype == FASTTX_BF16)
+    unpack8<bf16>(words, v);
+  else
+    unpack8<f16>(words, v);
+}
 FASTTX_DEVICE void unpack8(const Bits8& bits, int dtype, float (&v)[8]) {
   if (dtype == FASTTX_F32) {
 #pragma unroll
     for (int i = 0; i < 8; i++) v[i] = __uint_as_float(bits.w[i / 4].w[i % 4]);
-  } else if (dtype == FASTTX_BF16) {
-    unpack8<bf16>(bits.w[0], v);
   } else {
-    unpack8<f16>(bits.w[0], v);
+    unpack8(bits.w[0], dtype, v);
   }
 }
 
@@ -50,6 +58,9 @@ FASTTX_DEVICE Words pack8(const float (&v)[8]) {
 #pragma unroll
   for (int i = 0; i < 4; i++) words.w[i] = T::pack(v[2 * i], v[2 * i + 1]);
   return words;
+}
+FASTTX_DEVICE Words pack8(const float (&v)[8], int dtype) {
+  return dtype == FASTTX_BF16 ? pack8<bf16>(v) : pack8<f16>(v);
 }
 FASTTX_DEVICE void store8(void* data, int dtype, int64_t index, const float (&v)[8]) {
   if (dtype == FASTTX_F32) {
@@ -61,10 +72,8 @@ FASTTX_DEVICE void store8(void* data, int dtype, int64_t index, const float (&v)
       for (int k = 0; k < 4; k++) words.w[k] = __float_as_uint(v[4 * i + k]);
       store16(p + 4 * i, words);
     }
-  } else if (dtype == FASTTX_BF16) {
-    store16(static_cast<uint16_t*>(data) + index, pack8<bf16>(v));
   } else {
-    store16(static_cast<uint16_t*>(data) + index, pack8<f16>(v));
+    store16(static_cast<uint16_t*>(data) + index, pack8(v, dtype));
   }
 }
 
@@ -78,18 +87,21 @@ inline bool by_eight(const fasttx_tensor& t, int columns) {
 }
 
 // One number, for what is not eight.
+FASTTX_DEVICE float unpack1(uint16_t bits, int dtype) {
+  return dtype == FASTTX_BF16 ? bf16::unpack(bits).x : f16::unpack(bits).x;
+}
+FASTTX_DEVICE uint16_t pack1(float value, int dtype) {
+  return dtype == FASTTX_BF16 ? from_float<bf16>(value).bits : from_float<f16>(value).bits;
+}
 FASTTX_DEVICE float load1(const void* data, int dtype, int64_t index) {
   if (dtype == FASTTX_F32) return load(static_cast<const float*>(data) + index);
-  const uint32_t bits = load(static_cast<const uint16_t*>(data) + index);
-  return dtype == FASTTX_BF16 ? bf16::unpack(bits).x : f16::unpack(bits).x;
+  return unpack1(load(static_cast<const uint16_t*>(data) + index), dtype);
 }
 FASTTX_DEVICE void store1(void* data, int dtype, int64_t index, float value) {
   if (dtype == FASTTX_F32)
     store(static_cast<float*>(data) + index, value);
-  else if (dtype == FASTTX_BF16)
-    store(static_cast<uint16_t*>(data) + index, from_float<bf16>(value).bits);
   else
-    store(static_cast<uint16_t*>(data) + index, from_float<f16>(value).bits);
+    store(static_cast<uint16_t*>(data) + index, pack1(value, dtype));
 }
 
 }  // namespace fasttx

@@ -2,9 +2,7 @@
 // of the result is the sum of.
 #pragma once
 #include "cpu/embed.h"
-#include "cuda/philox.h"
-#include "cuda/reduce.h"
-#include "cuda/rows.h"
+#include "cuda/norm_row.h"
 
 namespace fasttx {
 
@@ -16,10 +14,11 @@ struct Embed {
   float* partials;  // backward: [parts, 3, N]: sums for dnorm_weight, dnorm_bias; or absent
   int64_t part_rows;
   int parts;
+  RowGroup group;  // of rows in registers
 };
 
 inline Embed embed_arguments(const fasttx_embed& a) {
-  Embed p = {a, make_dropout(a.dropout_p, a.seed), {}, nullptr, nullptr, 0, 0};
+  Embed p = {a, make_dropout(a.dropout_p, a.seed), {}, nullptr, nullptr, 0, 0, row_group(a.N)};
   if (!a.norm) p.a.norm_weight = p.a.norm_bias = {};
   return p;
 }
@@ -83,14 +82,6 @@ FASTTX_DEVICE float sum_tables(const fasttx_embed& a, const Places& p, int64_t n
     z += t == FASTTX_TOKEN ? x * static_cast<float>(a.scale) : x;
   }
   return z;
-}
-
-// One number through dropout, forward or backward.
-FASTTX_DEVICE float dropped(const Embed& p, Key key, int64_t m, int64_t n, float x) {
-  if (!p.dropout.threshold) return x;
-  const uint32_t kept =
-      keep_bits(p.dropout, key, static_cast<uint32_t>(n / 8), static_cast<uint32_t>(m));
-  return kept >> n % 8 & 1 ? x * p.dropout.scale : 0.0f;
 }
 
 }  // namespace fasttx

@@ -7,15 +7,11 @@
 namespace fasttx {
 namespace {
 
-constexpr int WARPS = 4;
-
-template <bool WARP, bool SUMS>
-__global__ void __launch_bounds__(WARP ? 32 * WARPS : 512)
-    embed_bwd(const __grid_constant__ Embed p) {
+__global__ void __launch_bounds__(512) embed_bwd(const __grid_constant__ Embed p) {
   FASTTX_SHARED(shared);
   const fasttx_embed& a = p.a;
   float* scratch = reinterpret_cast<float*>(shared);
-  const int thread = WARP ? threadIdx.x % 32 : threadIdx.x, warp = threadIdx.x / 32;
+  const int thread = lane_of_group(p.group);
   const int64_t first = blockIdx.x * p.part_rows, last = min(first + p.part_rows, a.M);
   const Key key = load_key(p.dropout);
   const float per_column = 1.0f / a.N;
@@ -23,7 +19,7 @@ __global__ void __launch_bounds__(WARP ? 32 * WARPS : 512)
   const bool live = n < a.N;
   float sums[2][8] = {};
 
-  for (int64_t m = first + (WARP ? warp : 0); m < last; m += WARP ? WARPS : 1) {
+  for (int64_t m = first + (threadIdx.x >> p.group.shift); m < last; m += p.group.rows) {
     Bits8 upstream, token, position;
     Places at = {};
     float mean = 0.0f, rstd = 1.0f;
@@ -40,29 +36,21 @@ __global__ void __launch_bounds__(WARP ? 32 * WARPS : 512)
     float xhat[8] = {}, g[8] = {}, means[2] = {0.0f, 0.0f};
     if (live) {
       unpack8(upstream, a.dout.dtype, g);
-      if (p.dropout.threshold) {
-        const uint32_t kept = keep_bits(p.dropout, key, thread, static_cast<uint32_t>(m));
-#pragma unroll
-        for (int i = 0; i < 8; i++) g[i] = kept >> i & 1 ? g[i] * p.dropout.scale : 0.0f;
-      }
+      if (p.dropout.threshold)
+        drop(p.dropout, keep_bits(p.dropout, key, thread, static_cast<uint32_t>(m)), g);
     }
     if (live && a.norm) {
       sum_tables(a, at, token, position, n, xhat);
 #pragma unroll
       for (int i = 0; i < 8; i++) xhat[i] = (xhat[i] - mean) * rstd;
-      if (SUMS) {
+      if (p.partials) {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
           sums[0][i] += g[i] * xhat[i];
           sums[1][i] += g[i];
         }
       }
-      if (a.norm_weight.data) {
-        float weight[8];
-        unpack8(load8(a.norm_weight.data, a.norm_weight.dtype, n), a.norm_weight.dtype, weight);
-#pragma unroll
-        for (int i = 0; i < 8; i++) g[i] *= weight[i];
-      }
+      weigh(a.norm_weight, n, g);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         means[0] += g[i];
@@ -70,12 +58,7 @@ __global__ void __launch_bounds__(WARP ? 32 * WARPS : 512)
       }
     }
     if (a.norm && p.dz.data) {
-      if (WARP) {
-        means[0] = warp_sum(means[0]);
-        means[1] = warp_sum(means[1]);
-      } else {
-        block_sum(means, scratch);
-      }
+      row_sum(p.group, means, scratch);
       const float along = a.norm == 1 ? means[0] * per_column : 0.0f,
                   across = means[1] * per_column;
 #pragma unroll
@@ -84,30 +67,13 @@ __global__ void __launch_bounds__(WARP ? 32 * WARPS : 512)
     if (live && p.dz.data) store8(p.dz.data, FASTTX_F32, m * a.N + n, g);
   }
 
-  if constexpr (SUMS) {
-#pragma unroll
-    for (int kind = 0; kind < 2; kind++) {
-      if (WARP) {
-        // The other warps hand theirs to the first.
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < 8; i++) scratch[(warp * 8 + i) * 32 + thread] = sums[kind][i];
-        __syncthreads();
-        if (warp) continue;
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-          for (int w = 1; w < WARPS; w++) sums[kind][i] += scratch[(w * 8 + i) * 32 + thread];
-      }
-      if (live)
-        store8(p.partials + (int64_t{blockIdx.x} * 3 + kind) * a.N, FASTTX_F32, n, sums[kind]);
-    }
-  }
+  if (p.partials) store_part(p.group, sums, 3, p.partials, a.N, n, scratch);
 }
 
 FASTTX_DEVICE float upstream_of(const Embed& p, Key key, int64_t m, int64_t n) {
   const fasttx_rows& dout = p.a.dout;
-  return dropped(p, key, m, n,
-                 load1(dout.data, dout.dtype, row_offset(dout, m) + n * dout.column));
+  return drop(p.dropout, key, m, n,
+              load1(dout.data, dout.dtype, row_offset(dout, m) + n * dout.column));
 }
 FASTTX_DEVICE float weighted(const fasttx_embed& a, int64_t n, float g) {
   const fasttx_rows& weight = a.norm_weight;
@@ -127,15 +93,9 @@ __global__ void __launch_bounds__(256) embed_bwd_rows(const __grid_constant__ Em
   if (a.norm) {
     if (a.norm == 1) mean = load(a.mean + m);
     rstd = load(a.rstd + m);
-    float means[2] = {0.0f, 0.0f};
-    for (int64_t n = threadIdx.x; n < a.N; n += blockDim.x) {
-      const float g = gw(n);
-      means[0] += g;
-      means[1] += g * xhat(n);
-    }
-    block_sum(means, reinterpret_cast<float*>(shared));
-    along = a.norm == 1 ? means[0] / a.N : 0.0f;
-    across = means[1] / a.N;
+    const float2 means = row_means(gw, xhat, a.N, a.norm == 1, reinterpret_cast<float*>(shared));
+    along = means.x;
+    across = means.y;
   }
   for (int64_t n = threadIdx.x; n < a.N; n += blockDim.x) {
     const float d = a.norm ? (gw(n) - along - xhat(n) * across) * rstd : gw(n);
@@ -161,30 +121,13 @@ __global__ void __launch_bounds__(256) embed_bwd_columns(const __grid_constant__
       sums[0] += g * xhat;
       sums[1] += g;
     }
-  for (int kind = 0; kind < 2; kind++) scratch[(kind * 8 + warp) * 32 + lane] = sums[kind];
-  __syncthreads();
-  if (warp || n >= a.N) return;
-  for (int kind = 0; kind < 2; kind++) {
-    float sum = 0.0f;
-    for (int w = 0; w < 8; w++) sum += scratch[(kind * 8 + w) * 32 + lane];
-    p.partials[(int64_t{blockIdx.y} * 3 + kind) * a.N + n] = sum;
-  }
+  store_part(sums, 3, p.partials, a.N, n, scratch);
 }
 
-struct Plan {
-  bool even;  // rows in registers
-  int64_t part_rows, parts;
-};
-
-Plan plan(const fasttx_embed& a) {
+Parts plan(const fasttx_embed& a) {
   bool even = a.N % 8 == 0 && a.N > 0 && a.N <= 4096 && by_eight(a.dout) && by_eight(a.norm_weight);
   for (const fasttx_rows& table : a.table) even &= by_eight(table);
-  // Enough parts to fill the device, and so few that adding them up costs little.
-  const int64_t least = even && a.N <= 256 ? 4 * WARPS : 8;
-  const int64_t most = int64_t{multiprocessors()} * (even && a.N > 2048 ? 2 : 4);
-  const int64_t parts = max(int64_t{1}, min(most, (a.M + least - 1) / least));
-  const int64_t rows = (a.M + parts - 1) / parts;
-  return {even, rows, rows ? (a.M + rows - 1) / rows : 0};
+  return parts_of(a.M, a.N, even);
 }
 
 // Whether the tables' gradient is not that of the result.
@@ -195,7 +138,7 @@ bool has_dz(const fasttx_embed& a) { return a.need & 7 && (a.norm || a.dropout_p
 
 FASTTX_API int64_t fasttx_cuda_embed_bwd_workspace(const fasttx_embed& a) {
   using namespace fasttx;
-  return (has_dz(a) ? a.M * a.N : 0) + (a.need & 24 ? plan(a).parts * 3 * a.N : 0);
+  return (has_dz(a) ? a.M * a.N : 0) + (a.need & 24 ? plan(a).count * 3 * a.N : 0);
 }
 
 // dnorm_weight and dnorm_bias; the gradient that the tables' rows are summed from: `dz`, in the
@@ -205,10 +148,11 @@ FASTTX_API int fasttx_cuda_embed_bwd_rows(const fasttx_embed& a, float* workspac
   using namespace fasttx;
   *dz = a.dout;
   if (a.N == 0) return 0;
-  const Plan made = plan(a);
+  const Parts made = plan(a);
   Embed p = embed_arguments(a);
-  p.part_rows = made.part_rows;
-  p.parts = static_cast<int>(made.parts);
+  p.part_rows = made.rows;
+  p.parts = static_cast<int>(made.count);
+  p.group = made.group;
   if (has_dz(a)) {
     *dz = p.dz = {workspace, FASTTX_F32, 0, 0, {0, 0, a.N}, 1};
     workspace += a.M * a.N;
@@ -217,15 +161,8 @@ FASTTX_API int fasttx_cuda_embed_bwd_rows(const fasttx_embed& a, float* workspac
   if (sums) p.partials = workspace;
   int status = 0;
   if (a.M && made.even && (sums || p.dz.data)) {
-    const dim3 grid(static_cast<unsigned>(p.parts));
-    if (a.N <= 256) {
-      status = launch(sums ? embed_bwd<true, true> : embed_bwd<true, false>, grid, 32 * WARPS,
-                      WARPS * 8 * 32 * 4, stream, p);
-    } else {
-      const int threads = static_cast<int>((a.N + 255) / 256 * 32);
-      status = launch(sums ? embed_bwd<false, true> : embed_bwd<false, false>, grid, threads, 256,
-                      stream, p);
-    }
+    status = launch(embed_bwd, dim3(static_cast<unsigned>(p.parts)), threads_of(p.group),
+                    part_scratch(p.group), stream, p);
   } else if (a.M && !made.even) {
     if (p.dz.data)
       status = launch(embed_bwd_rows, dim3(static_cast<unsigned>(a.M)), 256, 256, stream, p);
@@ -233,12 +170,7 @@ FASTTX_API int fasttx_cuda_embed_bwd_rows(const fasttx_embed& a, float* workspac
     if (!status && sums) status = launch(embed_bwd_columns, grid, 256, 2 * 8 * 32 * 4, stream, p);
   }
   if (!status && sums)
-    status = add_parts({p.partials,
-                        a.N,
-                        p.parts,
-                        {a.need & 8 ? a.dnorm_weight : fasttx_rows{},
-                         a.need & 16 ? a.dnorm_bias : fasttx_rows{},
-                         {}}},
-                       stream);
+    status = add_parts(p.partials, a.N, p.parts, a.need & 8 ? a.dnorm_weight : fasttx_rows{},
+                       a.need & 16 ? a.dnorm_bias : fasttx_rows{}, {}, stream);
   return status;
 }

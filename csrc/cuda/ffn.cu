@@ -141,22 +141,14 @@ void backward(Run& run, const fasttx_ffn& a) {
 }  // namespace fasttx
 
 FASTTX_API int64_t fasttx_cuda_ffn_fwd_workspace(const fasttx_ffn& a) {
-  fasttx::Run run = {nullptr, nullptr, true};
-  fasttx::forward(run, a);
-  return run.used;
+  return fasttx::count_floats(fasttx::forward, a);
 }
 FASTTX_API int fasttx_cuda_ffn_fwd(const fasttx_ffn& a, float* workspace, void* stream) {
-  fasttx::Run run = {workspace, stream};
-  fasttx::forward(run, a);
-  return run.status;
+  return fasttx::run_on(fasttx::forward, a, workspace, stream);
 }
 FASTTX_API int64_t fasttx_cuda_ffn_bwd_workspace(const fasttx_ffn& a) {
-  fasttx::Run run = {nullptr, nullptr, true};
-  fasttx::backward(run, a);
-  return run.used;
+  return fasttx::count_floats(fasttx::backward, a);
 }
 FASTTX_API int fasttx_cuda_ffn_bwd(const fasttx_ffn& a, float* workspace, void* stream) {
-  fasttx::Run run = {workspace, stream};
-  fasttx::backward(run, a);
-  return run.status;
+  return fasttx::run_on(fasttx::backward, a, workspace, stream);
 }

@@ -1,7 +1,8 @@
-// What linear and ffn do beside the products: upstream gradients with their sums over rows, sums of
-// parts; and the choice of the kernels of a card.
+// What linear and ffn do beside the products: upstream gradients with their sums over rows; and the
+// choice of the kernels of a card.
 #include "cuda/gemm.h"
 
+#include "cuda/rows.h"
 #include "cuda/tile/activation.h"
 #include "cuda/tile/panel.h"
 
@@ -18,10 +19,9 @@ struct Upstream {
   float* partials;  // [parts, N] or absent
   Dropout dropout;
   uint32_t place;
-  int activation, M, N, part_rows;
+  int dtype, activation, M, N, part_rows;
 };
 
-template <class T>
 __global__ void __launch_bounds__(THREADS) upstream(const __grid_constant__ Upstream u) {
   FASTTX_SHARED(shared);
   float* scratch = reinterpret_cast<float*>(shared);  // [ROWS, 8, GROUPS]
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(THREADS) upstream(const __grid_constant__ Upst
   if (live > 0)
     for (int m = static_cast<int>(begin) + row; m < end; m += ROWS) {
       float d[8];
-      load_panel<T>(u.dout, m, n, live, d);
+      load_panel(u.dout, u.dtype, m, n, live, d);
       if (u.dropout.threshold) {
         const uint32_t kept = keep_bits(u.dropout, key, n / 8, m, u.place);
 #pragma unroll
@@ -42,12 +42,12 @@ __global__ void __launch_bounds__(THREADS) upstream(const __grid_constant__ Upst
       }
       if (u.activation) {
         float value[8], slope[8];
-        load_panel<T>(u.pre, m, n, live, value);
+        load_panel(u.pre, u.dtype, m, n, live, value);
         activate<true>(u.activation, value, slope);
 #pragma unroll
         for (int i = 0; i < 8; i++) d[i] *= slope[i];
       }
-      if (u.dpre.data) store_panel<T>(u.dpre, m, n, live, d);
+      if (u.dpre.data) store_panel(u.dpre, u.dtype, m, n, live, d);
 #pragma unroll
       for (int i = 0; i < 8; i++) total[i] += d[i];
     }
@@ -63,58 +63,6 @@ __global__ void __launch_bounds__(THREADS) upstream(const __grid_constant__ Upst
   for (int r = 0; r < ROWS; r++)
     sum += scratch[(r * 8 + threadIdx.x % 8) * GROUPS + threadIdx.x / 8];
   store(u.partials + int64_t{blockIdx.y} * u.N + column, sum * u.dropout.scale);
-}
-
-struct PartsSum {
-  const float* partials;
-  void* out;
-  int64_t row, column;  // strides of out
-  int64_t rows, columns, groups;  // groups: of eight columns, in all
-  int dtype, parts, lanes;  // threads that share a group
-  int by_eight;
-};
-
-__global__ void __launch_bounds__(THREADS) parts_sum(const __grid_constant__ PartsSum p) {
-  FASTTX_SHARED(shared);
-  float* scratch = reinterpret_cast<float*>(shared);  // [8, THREADS]
-  const int each = THREADS / p.lanes, mine = threadIdx.x % each, lane = threadIdx.x / each;
-  const int64_t group = int64_t{blockIdx.x} * each + mine, across = (p.columns + 7) / 8;
-  const int64_t row = group / across, column = group % across * 8;
-  const int live = group < p.groups ? static_cast<int>(min(p.columns - column, int64_t{8})) : 0;
-  const int64_t at = row * p.columns + column, count = p.rows * p.columns;
-  const bool whole = live == 8 && p.columns % 4 == 0;
-  float total[8] = {};
-#pragma unroll 4
-  for (int part = lane; part < p.parts; part += p.lanes) {
-    const int64_t from = part * count + at;
-    float v[8] = {};
-    if (whole) {
-      unpack8(load8(p.partials, FASTTX_F32, from), FASTTX_F32, v);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; i++)
-        if (i < live) v[i] = load(p.partials + from + i);
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i++) total[i] += v[i];
-  }
-  if (p.lanes > 1) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) scratch[i * THREADS + threadIdx.x] = total[i];
-    __syncthreads();
-    if (lane) return;
-    for (int other = 1; other < p.lanes; other++)
-#pragma unroll
-      for (int i = 0; i < 8; i++) total[i] += scratch[i * THREADS + other * each + mine];
-  }
-  const int64_t to = row * p.row + column * p.column;
-  if (live == 8 && p.by_eight) {
-    store8(p.out, p.dtype, to, total);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 8; i++)
-    if (i < live) store1(p.out, p.dtype, to + i * p.column, total[i]);
 }
 
 int asked_columns = 0;
@@ -227,21 +175,23 @@ void weight_gradient(Run& run, int dtype, float scale, const Operand& left, cons
 
 void sum_parts(Run& run, int dtype, const Panel& out, int64_t rows, int64_t columns,
                const float* partials, int64_t parts) {
-  const int64_t groups = rows * ((columns + 7) / 8);
-  if (!groups) return;
-  const int lanes = parts > 64 ? 16 : 1, each = THREADS / lanes;
-  const PartsSum p = {partials, out.data, out.row, out.column, rows, columns, groups,
-                      dtype, static_cast<int>(parts), lanes, out.by_eight};
+  if (!rows || !columns) return;
   run.then([&] {
-    return launch(parts_sum, dim3(static_cast<unsigned>((groups + each - 1) / each)), THREADS,
-                  lanes > 1 ? 8 * THREADS * sizeof(float) : 0, run.stream, p);
+    return add_parts({{{out.data, dtype, out.row, out.column}},
+                      partials,
+                      rows * columns,
+                      0,
+                      rows,
+                      columns,
+                      static_cast<int>(parts)},
+                     run.stream);
   });
 }
 
 void upstream_gradient(Run& run, int dtype, const fasttx_tensor& dout, const fasttx_tensor& pre,
                        int activation, const Dropout& dropout, uint32_t place, const Panel& dpre,
                        const fasttx_tensor& sums) {
-  Upstream u = {panel(dout), panel(pre), dpre, nullptr, dropout, place, activation};
+  Upstream u = {panel(dout), panel(pre), dpre, nullptr, dropout, place, dtype, activation};
   u.M = static_cast<int>(dout.sizes[0]);
   u.N = static_cast<int>(dout.sizes[1]);
   u.part_rows = max(1, (u.M + ROW_PARTS * ROWS - 1) / (ROW_PARTS * ROWS)) * ROWS;
@@ -250,8 +200,7 @@ void upstream_gradient(Run& run, int dtype, const fasttx_tensor& dout, const fas
   if (parts && u.N)
     run.then([&] {
       const dim3 grid((u.N + GROUPS * 8 - 1) / (GROUPS * 8), parts);
-      return launch(dtype == FASTTX_BF16 ? upstream<bf16> : upstream<f16>, grid, THREADS,
-                    8 * THREADS * sizeof(float), run.stream, u);
+      return launch(upstream, grid, THREADS, 8 * THREADS * sizeof(float), run.stream, u);
     });
   if (sums.data) sum_parts(run, dtype, panel_of_vector(sums), 1, u.N, u.partials, parts);
 }

@@ -73,6 +73,22 @@ struct Run {
   }
 };
 
+// An op's direction, which asks for its memory as it goes: the floats it takes, and a run; the
+// latter a cudaError_t.
+template <class Arguments>
+int64_t count_floats(void (*direction)(Run&, const Arguments&), const Arguments& a) {
+  Run run = {nullptr, nullptr, true};
+  direction(run, a);
+  return run.used;
+}
+template <class Arguments>
+int run_on(void (*direction)(Run&, const Arguments&), const Arguments& a, float* workspace,
+           void* stream) {
+  Run run = {workspace, stream};
+  direction(run, a);
+  return run.status;
+}
+
 // A cudaError_t. A step is 32 and 64 of k.
 int launch_gemm_sm80(const Gemm& g, void* stream);
 int launch_gemm_sm90(const Gemm& g, void* stream);

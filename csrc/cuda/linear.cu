@@ -54,17 +54,11 @@ void backward(Run& run, const fasttx_linear& a) {
 }  // namespace fasttx
 
 FASTTX_API int fasttx_cuda_linear_fwd(const fasttx_linear& a, void* stream) {
-  fasttx::Run run = {nullptr, stream};
-  fasttx::forward(run, a);
-  return run.status;
+  return fasttx::run_on(fasttx::forward, a, nullptr, stream);
 }
 FASTTX_API int64_t fasttx_cuda_linear_bwd_workspace(const fasttx_linear& a) {
-  fasttx::Run run = {nullptr, nullptr, true};
-  fasttx::backward(run, a);
-  return run.used;
+  return fasttx::count_floats(fasttx::backward, a);
 }
 FASTTX_API int fasttx_cuda_linear_bwd(const fasttx_linear& a, float* workspace, void* stream) {
-  fasttx::Run run = {workspace, stream};
-  fasttx::backward(run, a);
-  return run.status;
+  return fasttx::run_on(fasttx::backward, a, workspace, stream);
 }

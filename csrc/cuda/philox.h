@@ -59,4 +59,16 @@ FASTTX_DEVICE uint32_t keep_bits(const Dropout& dropout, Key key, uint32_t group
   return bits;
 }
 
+// Numbers after dropout, forward or backward: eight neighbours by their bits, or one column's.
+FASTTX_DEVICE void drop(const Dropout& dropout, uint32_t kept, float (&x)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; i++) x[i] = kept >> i & 1 ? x[i] * dropout.scale : 0.0f;
+}
+FASTTX_DEVICE float drop(const Dropout& dropout, Key key, int64_t row, int64_t column, float x) {
+  if (!dropout.threshold) return x;
+  const uint32_t kept =
+      keep_bits(dropout, key, static_cast<uint32_t>(column / 8), static_cast<uint32_t>(row));
+  return kept >> column % 8 & 1 ? x * dropout.scale : 0.0f;
+}
+
 }  // namespace fasttx

@@ -55,7 +55,7 @@ FASTTX_DEVICE void load_angles(const fasttx_tensor& t, int64_t offset, int colum
     v[i] = v[i + 1] = load1(t.data, t.dtype, offset + (column + i) / 2);
 }
 
-template <class T, bool INTERLEAVED>
+template <bool INTERLEAVED>
 __global__ void __launch_bounds__(THREADS) rope_by_eight(const __grid_constant__ Rope p) {
   const int64_t item = int64_t{blockIdx.x} * THREADS + threadIdx.x;
   if (item >= p.items) return;
@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(THREADS) rope_by_eight(const __grid_constant__
     if (head >= p.heads) continue;
     const bool is_q = head < p.q_heads;
     const fasttx_tensor& from = is_q ? a.q : a.k;
-    const T* row =
-        static_cast<const T*>(from.data) + head_offset(from, at, is_q ? head : head - p.q_heads);
+    const auto* row = static_cast<const uint16_t*>(from.data) +
+                      head_offset(from, at, is_q ? head : head - p.q_heads);
     x[h][0] = load16_once(row + column);
     if (!INTERLEAVED && turn) x[h][CHUNKS - 1] = load16_once(row + column + half);
   }
@@ -95,13 +95,14 @@ __global__ void __launch_bounds__(THREADS) rope_by_eight(const __grid_constant__
     if (head >= p.heads) continue;
     const bool is_q = head < p.q_heads;
     const fasttx_tensor& to = is_q ? a.q_out : a.k_out;
-    T* row = static_cast<T*>(to.data) + head_offset(to, at, is_q ? head : head - p.q_heads);
+    auto* row =
+        static_cast<uint16_t*>(to.data) + head_offset(to, at, is_q ? head : head - p.q_heads);
     if (!turn) {
       store16(row + column, x[h][0]);
       continue;
     }
     float u[8], v[8], y[8], z[8];
-    unpack8<T>(x[h][0], u);
+    unpack8(x[h][0], a.q.dtype, u);
     if (INTERLEAVED) {
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
@@ -110,9 +111,9 @@ __global__ void __launch_bounds__(THREADS) rope_by_eight(const __grid_constant__
         y[i + 1] = a.adjoint ? u[i + 1] * cos[0][i + 1] - u[i] * sin[0][i]
                              : u[i + 1] * cos[0][i + 1] + u[i] * sin[0][i + 1];
       }
-      store16(row + column, pack8<T>(y));
+      store16(row + column, pack8(y, a.q.dtype));
     } else {
-      unpack8<T>(x[h][CHUNKS - 1], v);
+      unpack8(x[h][CHUNKS - 1], a.q.dtype, v);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         const float ca = cos[0][i], cb = cos[CHUNKS - 1][i], sa = sin[0][i],
@@ -120,13 +121,12 @@ __global__ void __launch_bounds__(THREADS) rope_by_eight(const __grid_constant__
         y[i] = a.adjoint ? u[i] * ca + v[i] * sb : u[i] * ca - v[i] * sa;
         z[i] = a.adjoint ? v[i] * cb - u[i] * sa : v[i] * cb + u[i] * sb;
       }
-      store16(row + column, pack8<T>(y));
-      store16(row + column + half, pack8<T>(z));
+      store16(row + column, pack8(y, a.q.dtype));
+      store16(row + column + half, pack8(z, a.q.dtype));
     }
   }
 }
 
-template <class T>
 __global__ void __launch_bounds__(THREADS) rope_by_one(const __grid_constant__ Rope p) {
   const int64_t item = int64_t{blockIdx.x} * THREADS + threadIdx.x;
   if (item >= p.items) return;
@@ -148,22 +148,22 @@ __global__ void __launch_bounds__(THREADS) rope_by_one(const __grid_constant__ R
     const bool is_q = head < p.q_heads;
     const int own = is_q ? head : head - p.q_heads;
     const fasttx_tensor &from = is_q ? a.q : a.k, &to = is_q ? a.q_out : a.k_out;
-    const T* x = static_cast<const T*>(from.data) + head_offset(from, at, own);
-    T* y = static_cast<T*>(to.data) + head_offset(to, at, own);
-    const T u = load(x + n0 * from.strides[3]);
+    const auto* x = static_cast<const uint16_t*>(from.data) + head_offset(from, at, own);
+    auto* y = static_cast<uint16_t*>(to.data) + head_offset(to, at, own);
     if (!turn) {
-      store(y + n0 * to.strides[3], u);
+      store(y + n0 * to.strides[3], load(x + n0 * from.strides[3]));
       continue;
     }
-    const float f = to_float(u), g = to_float(load(x + n1 * from.strides[3]));
-    store(y + n0 * to.strides[3],
-          from_float<T>(a.adjoint ? f * cos[0] + g * sin[1] : f * cos[0] - g * sin[0]));
-    store(y + n1 * to.strides[3],
-          from_float<T>(a.adjoint ? g * cos[1] - f * sin[0] : g * cos[1] + f * sin[1]));
+    const int dtype = a.q.dtype;
+    const float f = load1(x, dtype, n0 * from.strides[3]),
+                g = load1(x, dtype, n1 * from.strides[3]);
+    store1(y, dtype, n0 * to.strides[3],
+           a.adjoint ? f * cos[0] + g * sin[1] : f * cos[0] - g * sin[0]);
+    store1(y, dtype, n1 * to.strides[3],
+           a.adjoint ? g * cos[1] - f * sin[0] : g * cos[1] + f * sin[1]);
   }
 }
 
-template <class T>
 int rotate(Rope p, bool even, void* stream) {
   const int64_t D = p.a.q.sizes[3], R = p.a.rotary;
   p.turned = static_cast<int>(!even ? R / 2 : p.a.interleaved ? R / 8 : R / 16);
@@ -171,9 +171,9 @@ int rotate(Rope p, bool even, void* stream) {
   p.items = p.a.q.sizes[0] * p.sequence * p.groups * (p.turned + p.copied);
   if (p.items == 0) return 0;
   const dim3 grid(static_cast<unsigned>((p.items + THREADS - 1) / THREADS));
-  if (!even) return launch(rope_by_one<T>, grid, THREADS, 0, stream, p);
-  return launch(p.a.interleaved ? rope_by_eight<T, true> : rope_by_eight<T, false>, grid, THREADS,
-                0, stream, p);
+  if (!even) return launch(rope_by_one, grid, THREADS, 0, stream, p);
+  return launch(p.a.interleaved ? rope_by_eight<true> : rope_by_eight<false>, grid, THREADS, 0,
+                stream, p);
 }
 
 }  // namespace
@@ -191,5 +191,5 @@ FASTTX_API int fasttx_cuda_rope(const fasttx_rope& a, void* stream) {
   bool even = a.rotary % (a.interleaved ? 8 : 16) == 0 && a.q.sizes[3] % 8 == 0;
   for (const fasttx_tensor* t : {&p.a.q, &p.a.k, &p.a.q_out, &p.a.k_out}) even &= by_eight(*t, 3);
   for (const fasttx_tensor* t : {&a.cos, &a.sin}) even &= by_eight(*t, 2);
-  return a.q.dtype == FASTTX_BF16 ? rotate<bf16>(p, even, stream) : rotate<f16>(p, even, stream);
+  return rotate(p, even, stream);
 }

@@ -19,15 +19,26 @@ inline bool by_eight(const fasttx_rows& r) {
   return even;
 }
 
-// Sums over rows, for up to three vectors of N numbers, from those of the parts of the rows.
+// What parts have summed, added in an order of its own: up to three matrices [rows, columns], of
+// which matrix k of part p begins at partials + p * part + k * matrix.
 struct PartSums {
-  const float* partials;  // [parts, 3, N]
-  int64_t N;
+  struct To {
+    void* data;  // nullptr: not wanted
+    int dtype;
+    int64_t row, column;  // strides
+  } to[3];
+  const float* partials;
+  int64_t part, matrix, rows, columns;
   int parts;
-  fasttx_rows to[3];  // data == NULL: not wanted
 };
-
-// Adds what the parts have summed, in order. A cudaError_t.
+// A cudaError_t.
 int add_parts(const PartSums& sums, void* stream);
+
+// Of vectors of N numbers from partials [parts, 3, N].
+inline int add_parts(const float* partials, int64_t N, int parts, const fasttx_rows& first,
+                     const fasttx_rows& second, const fasttx_rows& third, void* stream) {
+  auto to = [](const fasttx_rows& r) { return PartSums::To{r.data, r.dtype, 0, r.column}; };
+  return add_parts({{to(first), to(second), to(third)}, partials, 3 * N, N, 1, N, parts}, stream);
+}
 
 }  // namespace fasttx

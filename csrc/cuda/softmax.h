@@ -2,7 +2,7 @@
 #pragma once
 #include "cpu/softmax.h"
 #include "cuda/ptx/math.h"
-#include "cuda/reduce.h"
+#include "cuda/row_group.h"
 #include "cuda/sweep.h"
 
 namespace fasttx {
@@ -17,6 +17,7 @@ struct Softmax {
   float* sums;    // [M], backward: what the rows' gradients need; or absent
   float* totals;  // [M], backward: the rows' sums of the gradients of the logits; or absent
   int direct;     // backward: a row's gradients of its logits are the mask's
+  RowGroup group;  // of rows in registers
 };
 
 inline Softmax softmax_arguments(const fasttx_softmax& a) {
@@ -29,7 +30,8 @@ inline Softmax softmax_arguments(const fasttx_softmax& a) {
           0,
           nullptr,
           nullptr,
-          0};
+          0,
+          row_group(x.sizes[3])};
 }
 
 // The leading three dimensions of a row.
@@ -136,7 +138,6 @@ inline bool rows_by_eight(const fasttx_tensor& t) {
   return even && reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
 }
 
-constexpr int SOFTMAX_WARPS = 4;        // of a block whose warps have a row each
 constexpr int SOFTMAX_STAGED = 96 << 10;  // bytes of shared memory for a row or tile, at most
 
 // A tile of rows whose neighbours lie side by side: eight threads by eight rows, 32 by columns.

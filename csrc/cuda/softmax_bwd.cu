@@ -6,49 +6,41 @@
 namespace fasttx {
 namespace {
 
-template <class T, int CHUNKS, bool WARP>
-__global__ void __launch_bounds__(WARP ? 32 * SOFTMAX_WARPS : 512)
-    softmax_bwd(const __grid_constant__ Softmax p) {
+__global__ void __launch_bounds__(512) softmax_bwd(const __grid_constant__ Softmax p) {
   FASTTX_SHARED(shared);
   float* scratch = reinterpret_cast<float*>(shared);
   const fasttx_softmax& a = p.a;
-  const int threads = WARP ? 32 : blockDim.x, thread = WARP ? threadIdx.x % 32 : threadIdx.x;
-  const int64_t m =
-      WARP ? int64_t{blockIdx.x} * SOFTMAX_WARPS + threadIdx.x / 32 : blockIdx.x;
-  if (WARP && m >= p.rows) return;
+  const int64_t own = row_of_group(p.group), m = own < p.rows ? own : 0;
   const RowIndex at = row_index(p, m);
-  const T* y_row = static_cast<const T*>(a.out.data) + row_of(a.out, at);
-  const T* dy_row = static_cast<const T*>(a.dout.data) + row_of(a.dout, at);
+  const int step = p.group.lanes * 8, first = lane_of_group(p.group) * 8;
+  const int N = own < p.rows ? p.N : 0, dtype = a.out.dtype;
+  const auto* y_row = static_cast<const uint16_t*>(a.out.data) + row_of(a.out, at);
+  const auto* dy_row = static_cast<const uint16_t*>(a.dout.data) + row_of(a.dout, at);
 
   Words y[CHUNKS], dy[CHUNKS];
 #pragma unroll
-  for (int c = 0; c < CHUNKS; c++) {
-    const int n = (c * threads + thread) * 8;
-    if (n < p.N) {
-      y[c] = load16_once(y_row + n);
-      dy[c] = load16_once(dy_row + n);
+  for (int c = 0; c < CHUNKS; c++)
+    if (first + c * step < N) {
+      y[c] = load16_once(y_row + first + c * step);
+      dy[c] = load16_once(dy_row + first + c * step);
     }
-  }
   float sum[1] = {0.0f}, u[8], v[8];
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) {
-    if ((c * threads + thread) * 8 >= p.N) continue;
-    unpack8<T>(y[c], u);
-    unpack8<T>(dy[c], v);
+    if (first + c * step >= N) continue;
+    unpack8(y[c], dtype, u);
+    unpack8(dy[c], dtype, v);
 #pragma unroll
     for (int i = 0; i < 8; i++) sum[0] += weighted(u[i], v[i], a.log);
   }
-  if (WARP)
-    sum[0] = warp_sum(sum[0]);
-  else
-    block_sum(sum, scratch);
+  row_sum(p.group, sum, scratch);
   float total[1] = {0.0f};
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) {
-    const int n = (c * threads + thread) * 8;
-    if (n >= p.N) continue;
-    unpack8<T>(y[c], u);
-    unpack8<T>(dy[c], v);
+    const int n = first + c * step;
+    if (n >= N) continue;
+    unpack8(y[c], dtype, u);
+    unpack8(dy[c], dtype, v);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       v[i] = gradient(u[i], v[i], sum[0], a.log);
@@ -59,14 +51,11 @@ __global__ void __launch_bounds__(WARP ? 32 * SOFTMAX_WARPS : 512)
     if (!a.dx.data) continue;
 #pragma unroll
     for (int i = 0; i < 8; i++) v[i] *= p.scale;
-    store16(static_cast<T*>(a.dx.data) + row_of(a.dx, at) + n, pack8<T>(v));
+    store16(static_cast<uint16_t*>(a.dx.data) + row_of(a.dx, at) + n, pack8(v, dtype));
   }
   if (!p.sums) return;
-  if (WARP)
-    total[0] = warp_sum(total[0]);
-  else
-    block_sum(total, scratch);
-  if (thread == 0) {
+  row_sum(p.group, total, scratch);
+  if (N && first == 0) {
     store(p.sums + m, sum[0]);
     store(p.totals + m, total[0]);
   }
@@ -197,7 +186,6 @@ __global__ void __launch_bounds__(512, 2) softmax_bwd_any(const __grid_constant_
 }
 
 // 64 rows that lie side by side: eight a thread, by 32 columns at once.
-template <class T>
 __global__ void __launch_bounds__(256, 2) softmax_bwd_tile(const __grid_constant__ Softmax p) {
   FASTTX_SHARED(shared);
   float* scratch = reinterpret_cast<float*>(shared);
@@ -208,8 +196,8 @@ __global__ void __launch_bounds__(256, 2) softmax_bwd_tile(const __grid_constant
   at.i[2] = at.i[2] * TILE_ROWS + threadIdx.x % 8 * 8;
   const bool live = at.i[2] < a.x.sizes[2];
   const int slot = threadIdx.x / 8;
-  const T* y_column = static_cast<const T*>(a.out.data) + row_of(a.out, at);
-  const T* dy_column = static_cast<const T*>(a.dout.data) + row_of(a.dout, at);
+  const auto* y_column = static_cast<const uint16_t*>(a.out.data) + row_of(a.out, at);
+  const auto* dy_column = static_cast<const uint16_t*>(a.dout.data) + row_of(a.dout, at);
 
   constexpr int IN_FLIGHT = 2;
   float sum[8] = {}, u[8], v[8];
@@ -231,8 +219,8 @@ __global__ void __launch_bounds__(256, 2) softmax_bwd_tile(const __grid_constant
         stage[n * 16 + threadIdx.x % 8] = y[k];
         stage[n * 16 + 8 + threadIdx.x % 8] = dy[k];
       }
-      unpack8<T>(y[k], u);
-      unpack8<T>(dy[k], v);
+      unpack8(y[k], a.out.dtype, u);
+      unpack8(dy[k], a.out.dtype, v);
 #pragma unroll
       for (int i = 0; i < 8; i++) sum[i] += weighted(u[i], v[i], a.log);
     }
@@ -241,11 +229,11 @@ __global__ void __launch_bounds__(256, 2) softmax_bwd_tile(const __grid_constant
   float total[8] = {};
   for (int n = slot; live && n < p.N; n += TILE_COLUMNS) {
     if (p.staged) {
-      unpack8<T>(stage[n * 16 + threadIdx.x % 8], u);
-      unpack8<T>(stage[n * 16 + 8 + threadIdx.x % 8], v);
+      unpack8(stage[n * 16 + threadIdx.x % 8], a.out.dtype, u);
+      unpack8(stage[n * 16 + 8 + threadIdx.x % 8], a.out.dtype, v);
     } else {
-      unpack8<T>(load16_once(y_column + n * a.out.strides[3]), u);
-      unpack8<T>(load16_once(dy_column + n * a.dout.strides[3]), v);
+      unpack8(load16_once(y_column + n * a.out.strides[3]), a.out.dtype, u);
+      unpack8(load16_once(dy_column + n * a.dout.strides[3]), a.out.dtype, v);
     }
 #pragma unroll
     for (int i = 0; i < 8; i++) {
@@ -258,7 +246,8 @@ __global__ void __launch_bounds__(256, 2) softmax_bwd_tile(const __grid_constant
     if (!a.dx.data) continue;
 #pragma unroll
     for (int i = 0; i < 8; i++) v[i] *= p.scale;
-    store16(static_cast<T*>(a.dx.data) + row_of(a.dx, at) + n * a.dx.strides[3], pack8<T>(v));
+    store16(static_cast<uint16_t*>(a.dx.data) + row_of(a.dx, at) + n * a.dx.strides[3],
+            pack8(v, a.out.dtype));
   }
   if (!p.sums) return;
   tile_join(total, scratch, [](float x, float y) { return x + y; });
@@ -271,34 +260,22 @@ __global__ void __launch_bounds__(256, 2) softmax_bwd_tile(const __grid_constant
   }
 }
 
-template <class T>
-int backward(const Softmax& p, void* stream) {
-  const dim3 groups(static_cast<unsigned>((p.rows + SOFTMAX_WARPS - 1) / SOFTMAX_WARPS));
-  const int threads = 32 * SOFTMAX_WARPS;
-  if (p.N <= 256) return launch(softmax_bwd<T, 1, true>, groups, threads, 0, stream, p);
-  if (p.N <= 512) return launch(softmax_bwd<T, 2, true>, groups, threads, 0, stream, p);
-  if (p.N <= 1024) return launch(softmax_bwd<T, 4, true>, groups, threads, 0, stream, p);
-  const int wide = (p.N + 4 * 8 * 32 - 1) / (4 * 8 * 32) * 32;
-  return launch(softmax_bwd<T, 4, false>, dim3(static_cast<unsigned>(p.rows)), wide, 128, stream,
-                p);
-}
-
 int rows(Softmax p, void* stream) {
   const fasttx_softmax& a = p.a;
-  const bool is_bf16 = a.x.dtype == FASTTX_BF16;
   bool alike = a.out.dtype == a.x.dtype, columns = alike, tile = alike && p.N > 1;
   for (const fasttx_tensor* t : {&a.out, &a.dout, &a.dx}) {
     columns &= columns_by_eight(*t);
     tile &= rows_by_eight(*t);
   }
   if (p.direct) columns &= columns_by_eight(a.dmask);
-  if (columns && p.N % 8 == 0 && p.N <= 16384)
-    return is_bf16 ? backward<bf16>(p, stream) : backward<f16>(p, stream);
+  if (columns && p.N % 8 == 0 && p.N <= ROW_COLUMNS)
+    return launch(softmax_bwd, blocks_of(p.group, p.rows), threads_of(p.group), ROW_SCRATCH, stream,
+                  p);
   if (tile) {
     const size_t scratch = TILE_COLUMNS * TILE_ROWS * 4, both = size_t{TILE_ROWS} * 4 * p.N;
     p.staged = both <= SOFTMAX_STAGED;
     const int64_t tiles = (a.x.sizes[2] + TILE_ROWS - 1) / TILE_ROWS;
-    return launch(is_bf16 ? softmax_bwd_tile<bf16> : softmax_bwd_tile<f16>,
+    return launch(softmax_bwd_tile,
                   dim3(static_cast<unsigned>(a.x.sizes[0] * a.x.sizes[1] * tiles)), 256,
                   scratch + (p.staged ? both : 0), stream, p);
   }

@@ -1,54 +1,51 @@
-// softmax(scale * x + mask) and its logarithm. Rows of up to 1024 columns by a warp, of up to 16384
-// by a block, kept in registers between one read and one write; of other widths, alignments and
-// strides by a block that sweeps twice, with the logits in shared memory where they fit; where rows
-// lie side by side (a dimension other than the last), 64 of them by a block.
+// softmax(scale * x + mask) and its logarithm. Rows of up to 16384 columns in registers between one
+// read and one write (row_group.h); of other widths, alignments and strides by a block that sweeps
+// twice, with the logits in shared memory where they fit; where rows lie side by side (a dimension
+// other than the last), 64 of them by a block.
 #include "cuda/softmax.h"
 
 namespace fasttx {
 namespace {
 
-template <class T, int CHUNKS, bool WARP>
-__global__ void __launch_bounds__(WARP ? 32 * SOFTMAX_WARPS : 512, WARP ? 4 : 1)
-    softmax_fwd(const __grid_constant__ Softmax p) {
+__global__ void __launch_bounds__(512, 1) softmax_fwd(const __grid_constant__ Softmax p) {
   FASTTX_SHARED(shared);
+  float* scratch = reinterpret_cast<float*>(shared);
   const fasttx_softmax& a = p.a;
-  const int threads = WARP ? 32 : blockDim.x, thread = WARP ? threadIdx.x % 32 : threadIdx.x;
-  const int64_t m =
-      WARP ? int64_t{blockIdx.x} * SOFTMAX_WARPS + threadIdx.x / 32 : blockIdx.x;
-  if (WARP && m >= p.rows) return;
-  const RowIndex at = row_index(p, m);
-  const int end = visible_columns(p, at);
-  const T* row = static_cast<const T*>(a.x.data) + row_of(a.x, at);
+  const int64_t own = row_of_group(p.group);
+  const bool live = own < p.rows;
+  const RowIndex at = row_index(p, live ? own : 0);
+  const int step = p.group.lanes * 8, first = lane_of_group(p.group) * 8;
+  const int end = live ? visible_columns(p, at) : 0, N = live ? p.N : 0;
+  const uint16_t* row = static_cast<const uint16_t*>(a.x.data) + row_of(a.x, at);
 
   Words x[CHUNKS];
 #pragma unroll
-  for (int c = 0; c < CHUNKS; c++) {
-    const int n = (c * threads + thread) * 8;
-    if (n < end) x[c] = load16_once(row + n);
-  }
+  for (int c = 0; c < CHUNKS; c++)
+    if (first + c * step < end) x[c] = load16_once(row + first + c * step);
   const int64_t mask_row = row_of(a.mask, at);
   float z[CHUNKS][8], peak = -INFINITY;
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) {
-    const int n = (c * threads + thread) * 8;
-    if (n < end) {
-      unpack8<T>(x[c], z[c]);
+    const int n = first + c * step;
 #pragma unroll
-      for (int i = 0; i < 8; i++) z[c][i] *= p.scale;
-      if (a.mask.data) masked(a.mask, mask_row, n, z[c]);
-    }
+    for (int i = 0; i < 8; i++) z[c][i] = -INFINITY;
+    if (n >= end) continue;
+    unpack8(x[c], a.x.dtype, z[c]);
+#pragma unroll
+    for (int i = 0; i < 8; i++) z[c][i] *= p.scale;
+    if (a.mask.data) masked(a.mask, mask_row, n, z[c]);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       if (n + i >= end) z[c][i] = -INFINITY;
       peak = fmaxf(peak, z[c][i]);
     }
   }
-  float* scratch = reinterpret_cast<float*>(shared);
-  peak = finite_peak(WARP ? warp_max(peak) : block_max(peak, scratch));
+  peak = finite_peak(row_max(p.group, peak, scratch));
   float sum[1] = {0.0f};
   uint32_t hidden = 0;  // a bit a number
 #pragma unroll
-  for (int c = 0; c < CHUNKS; c++)
+  for (int c = 0; c < CHUNKS; c++) {
+    if (first + c * step >= N) continue;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       if (z[c][i] == -INFINITY) {
@@ -59,16 +56,14 @@ __global__ void __launch_bounds__(WARP ? 32 * SOFTMAX_WARPS : 512, WARP ? 4 : 1)
       sum[0] += e;
       if (!a.log) z[c][i] = e;
     }
-  if (WARP)
-    sum[0] = warp_sum(sum[0]);
-  else
-    block_sum(sum, scratch);
+  }
+  row_sum(p.group, sum, scratch);
   const RowScale by = row_scale(peak, sum[0]);
   const int64_t out = row_of(a.out, at);
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) {
-    const int n = (c * threads + thread) * 8;
-    if (n >= p.N) continue;
+    const int n = first + c * step;
+    if (n >= N) continue;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       if (a.log)
@@ -82,7 +77,6 @@ __global__ void __launch_bounds__(WARP ? 32 * SOFTMAX_WARPS : 512, WARP ? 4 : 1)
 
 // One row of any width and strides. Staged, its logits lie in shared memory: numbers i of all
 // vectors of eight side by side, so that no two threads meet at a bank.
-template <class T>
 __global__ void __launch_bounds__(512) softmax_fwd_any(const __grid_constant__ Softmax p) {
   FASTTX_SHARED(shared);
   float* scratch = reinterpret_cast<float*>(shared);
@@ -91,7 +85,7 @@ __global__ void __launch_bounds__(512) softmax_fwd_any(const __grid_constant__ S
   const RowIndex at = row_index(p, blockIdx.x);
   const int end = visible_columns(p, at), vectors = p.N / 8 + 1;
   const int64_t stride = a.x.strides[3], mask_row = row_of(a.mask, at);
-  const T* row = static_cast<const T*>(a.x.data) + row_of(a.x, at);
+  const uint16_t* row = static_cast<const uint16_t*>(a.x.data) + row_of(a.x, at);
   const bool by_eight = stride == 1;
   const int lead = by_eight ? leading(row) : p.N;
   auto one_at = [&](int n) { return !by_eight ? n : 8 * vectors + (n < lead ? n : 8 + n % 8); };
@@ -107,8 +101,8 @@ __global__ void __launch_bounds__(512) softmax_fwd_any(const __grid_constant__ S
 
   float peak = -INFINITY, sum[1] = {0.0f};
   sweep<4>(
-      row, stride, end, by_eight,
-      [&](int n, const float (&x)[8]) {
+      row, a.x.dtype, stride, end, by_eight,
+      [&](int n, const float(&x)[8]) {
         float z[8], largest = -INFINITY;
 #pragma unroll
         for (int i = 0; i < 8; i++) z[i] = x[i];
@@ -168,8 +162,8 @@ __global__ void __launch_bounds__(512) softmax_fwd_any(const __grid_constant__ S
     }
   } else {
     sweep<4>(
-        row, stride, end, by_eight,
-        [&](int n, const float (&x)[8]) {
+        row, a.x.dtype, stride, end, by_eight,
+        [&](int n, const float(&x)[8]) {
           float z[8];
 #pragma unroll
           for (int i = 0; i < 8; i++) z[i] = x[i];
@@ -182,7 +176,6 @@ __global__ void __launch_bounds__(512) softmax_fwd_any(const __grid_constant__ S
 }
 
 // 64 rows that lie side by side: eight a thread, by 32 columns at once.
-template <class T>
 __global__ void __launch_bounds__(256, 2) softmax_fwd_tile(const __grid_constant__ Softmax p) {
   FASTTX_SHARED(shared);
   float* scratch = reinterpret_cast<float*>(shared);
@@ -193,11 +186,11 @@ __global__ void __launch_bounds__(256, 2) softmax_fwd_tile(const __grid_constant
   at.i[2] = at.i[2] * TILE_ROWS + threadIdx.x % 8 * 8;
   const bool live = at.i[2] < a.x.sizes[2];
   const int slot = threadIdx.x / 8;
-  const T* column = static_cast<const T*>(a.x.data) + row_of(a.x, at);
+  const uint16_t* column = static_cast<const uint16_t*>(a.x.data) + row_of(a.x, at);
   const int64_t mask_row = row_of(a.mask, at);
 
-  auto logits = [&](int n, Words x, float (&z)[8]) {
-    unpack8<T>(x, z);
+  auto logits = [&](int n, Words x, float(&z)[8]) {
+    unpack8(x, a.x.dtype, z);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       z[i] *= p.scale;
@@ -255,31 +248,24 @@ __global__ void __launch_bounds__(256, 2) softmax_fwd_tile(const __grid_constant
   }
 }
 
-template <class T>
 int forward(Softmax p, void* stream) {
   const fasttx_softmax& a = p.a;
-  const dim3 rows(static_cast<unsigned>(p.rows));
-  if (p.N % 8 == 0 && p.N <= 16384 && columns_by_eight(a.x) && columns_by_eight(a.out)) {
-    const dim3 groups(static_cast<unsigned>((p.rows + SOFTMAX_WARPS - 1) / SOFTMAX_WARPS));
-    const int threads = 32 * SOFTMAX_WARPS;
-    if (p.N <= 256) return launch(softmax_fwd<T, 1, true>, groups, threads, 0, stream, p);
-    if (p.N <= 512) return launch(softmax_fwd<T, 2, true>, groups, threads, 0, stream, p);
-    if (p.N <= 1024) return launch(softmax_fwd<T, 4, true>, groups, threads, 0, stream, p);
-    const int wide = (p.N + 4 * 8 * 32 - 1) / (4 * 8 * 32) * 32;
-    return launch(softmax_fwd<T, 4, false>, rows, wide, 128, stream, p);
-  }
+  if (p.N % 8 == 0 && p.N <= ROW_COLUMNS && columns_by_eight(a.x) && columns_by_eight(a.out))
+    return launch(softmax_fwd, blocks_of(p.group, p.rows), threads_of(p.group), ROW_SCRATCH, stream,
+                  p);
   if (p.N > 1 && rows_by_eight(a.x) && rows_by_eight(a.out)) {
     const size_t scratch = TILE_COLUMNS * TILE_ROWS * 4, tile = size_t{TILE_ROWS} * 2 * p.N;
     p.staged = tile <= SOFTMAX_STAGED;
     const int64_t tiles = (a.x.sizes[2] + TILE_ROWS - 1) / TILE_ROWS;
-    return launch(softmax_fwd_tile<T>,
+    return launch(softmax_fwd_tile,
                   dim3(static_cast<unsigned>(a.x.sizes[0] * a.x.sizes[1] * tiles)), 256,
                   scratch + (p.staged ? tile : 0), stream, p);
   }
   const size_t row = (size_t(p.N) + 24) * 4;
   p.staged = row <= SOFTMAX_STAGED;
   const int threads = p.N <= 1024 ? 64 : p.N <= 4096 ? 128 : 512;
-  return launch(softmax_fwd_any<T>, rows, threads, 128 + (p.staged ? row : 0), stream, p);
+  return launch(softmax_fwd_any, dim3(static_cast<unsigned>(p.rows)), threads,
+                128 + (p.staged ? row : 0), stream, p);
 }
 
 }  // namespace
@@ -290,5 +276,5 @@ FASTTX_API int fasttx_cuda_softmax_fwd(const fasttx_softmax& a, void* stream) {
   using namespace fasttx;
   const Softmax p = softmax_arguments(a);
   if (!p.rows || !p.N) return 0;
-  return a.x.dtype == FASTTX_BF16 ? forward<bf16>(p, stream) : forward<f16>(p, stream);
+  return forward(p, stream);
 }

@@ -10,6 +10,7 @@ struct MaskGradient {
   Softmax s;
   MaskPlan plan;
   float* partials;
+  int even;  // eight columns lie in aligned 16 bytes
 };
 
 FASTTX_DEVICE RowIndex row_at(const MaskPlan& plan, int64_t unit, int64_t shared) {
@@ -21,9 +22,8 @@ FASTTX_DEVICE int64_t row_number(const Softmax& p, const RowIndex& at) {
   return (at.i[0] * p.a.x.sizes[1] + at.i[1]) * p.a.x.sizes[2] + at.i[2];
 }
 
-// A part of the rows that share row `unit` of the mask, for 32 * COLUMNS columns; a warp has every
-// eighth of the rows.
-template <int COLUMNS>
+// A part of the rows that share row `unit` of the mask, for 256 columns; a warp has every eighth of
+// the rows.
 __global__ void __launch_bounds__(32 * WARPS)
     softmax_mask_part(const __grid_constant__ MaskGradient g) {
   FASTTX_SHARED(shared);
@@ -31,38 +31,43 @@ __global__ void __launch_bounds__(32 * WARPS)
   const fasttx_softmax& a = g.s.a;
   const MaskPlan& plan = g.plan;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t blocks = (plan.columns + 32 * COLUMNS - 1) / (32 * COLUMNS);
-  const int64_t n = (blockIdx.x % blocks * 32 + lane) * COLUMNS;
+  const int64_t blocks = (plan.columns + 255) / 256;
+  const int64_t n = (blockIdx.x % blocks * 32 + lane) * 8;
   const int64_t slot = blockIdx.x / blocks, unit = slot / plan.parts, part = slot % plan.parts;
   const int64_t end = min((part + 1) * plan.part_rows, plan.shared);
-  float sums[COLUMNS] = {};
+  float sums[8] = {};
   if (n < plan.columns)
     for (int64_t q = part * plan.part_rows + warp; q < end; q += WARPS) {
       const RowIndex at = row_at(plan, unit, q);
       const int64_t y_at = row_of(a.out, at) + n * a.out.strides[3];
       const int64_t dy_at = row_of(a.dout, at) + n * a.dout.strides[3];
       const float sum = load(g.s.sums + row_number(g.s, at));
-      if constexpr (COLUMNS == 8) {
+      float u[8] = {}, v[8] = {};
+      if (g.even) {
         const Bits8 y = load8(a.out.data, a.out.dtype, y_at);
         const Bits8 dy = load8(a.dout.data, a.dout.dtype, dy_at);
-        float u[8], v[8];
         unpack8(y, a.out.dtype, u);
         unpack8(dy, a.dout.dtype, v);
-#pragma unroll
-        for (int i = 0; i < 8; i++) sums[i] += gradient(u[i], v[i], sum, a.log);
       } else {
-        sums[0] += gradient(load1(a.out.data, a.out.dtype, y_at),
-                            load1(a.dout.data, a.dout.dtype, dy_at), sum, a.log);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          if (n + i >= plan.columns) continue;
+          u[i] = load1(a.out.data, a.out.dtype, y_at + i * a.out.strides[3]);
+          v[i] = load1(a.dout.data, a.dout.dtype, dy_at + i * a.dout.strides[3]);
+        }
       }
+#pragma unroll
+      for (int i = 0; i < 8; i++) sums[i] += gradient(u[i], v[i], sum, a.log);
     }
 #pragma unroll
-  for (int i = 0; i < COLUMNS; i++) scratch[(warp * COLUMNS + i) * 32 + lane] = sums[i];
+  for (int i = 0; i < 8; i++) scratch[(warp * 8 + i) * 32 + lane] = sums[i];
   __syncthreads();
   if (warp || n >= plan.columns) return;
 #pragma unroll
-  for (int i = 0; i < COLUMNS; i++) {
+  for (int i = 0; i < 8; i++) {
+    if (n + i >= plan.columns) return;
     float sum = 0.0f;
-    for (int w = 0; w < WARPS; w++) sum += scratch[(w * COLUMNS + i) * 32 + lane];
+    for (int w = 0; w < WARPS; w++) sum += scratch[(w * 8 + i) * 32 + lane];
     store(g.partials + slot * plan.columns + n + i, sum);
   }
 }
@@ -120,18 +125,17 @@ MaskPlan mask_plan(const fasttx_softmax& a) {
 int softmax_mask_gradient(const Softmax& p, const MaskPlan& plan, float* partials, void* stream) {
   const int64_t numbers = plan.units * plan.columns;
   if (!numbers) return 0;
-  const MaskGradient g = {p, plan, partials};
+  const bool even =
+      plan.columns % 8 == 0 && columns_by_eight(p.a.out) && columns_by_eight(p.a.dout);
+  const MaskGradient g = {p, plan, partials, even};
   const int64_t slots = plan.units * plan.parts;
   int status;
   if (plan.columns == 1) {
     status = launch(softmax_mask_totals, dim3(static_cast<unsigned>(slots)), 256, 128, stream, g);
   } else {
-    const bool even =
-        plan.columns % 8 == 0 && columns_by_eight(p.a.out) && columns_by_eight(p.a.dout);
-    const int64_t each = even ? 256 : 32, blocks = (plan.columns + each - 1) / each;
-    status = launch(even ? softmax_mask_part<8> : softmax_mask_part<1>,
-                    dim3(static_cast<unsigned>(slots * blocks)), 32 * WARPS,
-                    WARPS * 32 * 4 * (even ? 8 : 1), stream, g);
+    const int64_t blocks = (plan.columns + 255) / 256;
+    status = launch(softmax_mask_part, dim3(static_cast<unsigned>(slots * blocks)), 32 * WARPS,
+                    WARPS * 8 * 32 * 4, stream, g);
   }
   if (!status)
     status = launch(softmax_mask_finish, dim3(static_cast<unsigned>((numbers + 255) / 256)), 256, 0,

@@ -11,8 +11,9 @@ FASTTX_DEVICE int leading(const void* row) {
 
 // The row's numbers, each by one thread: eight(n, x) for columns n .. n + 7 that lie in aligned 16
 // bytes, one(n, x) for the others. A row may begin anywhere (the vocabulary may be odd).
-template <int IN_FLIGHT, class T, class Eight, class One>
-FASTTX_DEVICE void sweep(const T* row, int64_t stride, int V, bool by_eight, Eight eight, One one) {
+template <int IN_FLIGHT, class Eight, class One>
+FASTTX_DEVICE void sweep(const uint16_t* row, int dtype, int64_t stride, int V, bool by_eight,
+                         Eight eight, One one) {
   int lead = V, vectors = 0;
   if (by_eight) {
     lead = min(V, leading(row));
@@ -28,14 +29,14 @@ FASTTX_DEVICE void sweep(const T* row, int64_t stride, int V, bool by_eight, Eig
     for (int i = 0; i < IN_FLIGHT; i++)
       if (first + i * static_cast<int>(blockDim.x) < vectors) {
         float x[8];
-        unpack8<T>(words[i], x);
+        unpack8(words[i], dtype, x);
         eight(lead + (first + i * static_cast<int>(blockDim.x)) * 8, x);
       }
   }
   // Before the first vector and after the last.
   for (int i = threadIdx.x; i < V - 8 * vectors; i += blockDim.x) {
     const int n = i < lead ? i : i + 8 * vectors;
-    one(n, to_float(load(row + n * stride)));
+    one(n, load1(row, dtype, n * stride));
   }
 }
 

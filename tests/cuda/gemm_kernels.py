@@ -4,6 +4,9 @@ import contextlib
 import ctypes
 from collections.abc import Iterator
 
+import pytest
+
+from .cases import HALF, label
 from .emulated import card, library
 
 # Name -> compute capability of the card, columns of a tile.
@@ -21,3 +24,16 @@ def gemm_kernel(name: str, of: ctypes.CDLL | None = None) -> Iterator[None]:
             yield
     finally:
         of.fasttx_cuda_gemm_columns(0)
+
+
+def selected(cases, quick: set[str], turn: str) -> Iterator:
+    """(dtype, kernel, case); the quick ones in bf16 on the kernel `turn`, else in fp16."""
+    for case in cases:
+        for kernel in KERNELS:
+            for dtype in HALF:
+                slow = case.name not in quick or dtype is HALF[kernel == turn]
+                slow |= kernel == "sm90 wide" and len(case.name) % 2
+                marks = pytest.mark.slow if slow else ()
+                yield pytest.param(
+                    dtype, kernel, case, id=label(dtype, kernel, case.name), marks=marks
+                )

@@ -9,9 +9,9 @@ from fasttx.ops.add_norm import add_norm_bwd, add_norm_fwd
 from fasttx.testing import check
 from tests.ops.test_add_norm import CASES, DROP, NAMES, Case
 
+from .cases import named, selected
 from .emulated import mode, traffic
 
-HALF = (torch.bfloat16, torch.float16)
 # Widths at which another kernel begins, and the widths of rows that lie by eight.
 ROWS = {
     8: 9,
@@ -39,15 +39,7 @@ QUICK |= {"768 columns", "264 columns", "256 columns", "by eight, fp32 residual"
 HERE = [*(c for c in CASES if "x" not in c.keep), *WIDTHS, MANY, WIDE_RESIDUAL]
 
 
-def selected():
-    for case in HERE:
-        for dtype in HALF:
-            slow = case.name not in QUICK or dtype is torch.float16
-            name = f"{str(dtype).removeprefix('torch.')}-{case.name}"
-            yield pytest.param(dtype, case, id=name, marks=pytest.mark.slow if slow else ())
-
-
-@pytest.mark.parametrize(("dtype", "case"), list(selected()))
+@pytest.mark.parametrize(("dtype", "case"), list(selected(named(HERE), QUICK)))
 def test_against_fp64(dtype: torch.dtype, case: Case):
     with mode(seed=len(case.name) % 3):
         check(

@@ -9,33 +9,22 @@ import torch
 
 import fasttx
 from fasttx.ops.attention import attention_bwd, attention_fwd
-from fasttx.testing import check
 from tests.emulator import instructions
-from tests.emulator.build import ROOT
 from tests.ops.attention_cases import (
     WITH_MASK,
     WITH_TABLE,
     Case,
     additive,
-    cases,
     padding,
     qkv,
     random,
     relative,
 )
 
+from .attention import CAUSAL, DROP, LOWER, alibi, by_name, held, planted_kernels, selected
+from .cases import HALF, MODES
 from .emulated import card, mode, traffic
 from .planted import Bug, Planted
-
-HALF = (torch.bfloat16, torch.float16)
-MODES = [(eager, seed) for eager in (False, True) for seed in (0, 1, 2)]
-CAUSAL, LOWER = {"is_causal": True}, {"is_causal": "lower_right"}
-DROP = {"dropout_p": 0.2, "seed": 5}
-
-
-def alibi(slopes):
-    return fasttx.ALiBi(slopes)
-
 
 # Several tiles of rows and of keys, of each kernel.
 LONG = [
@@ -65,24 +54,7 @@ QUICK_LONG = {"64, causal", "64, packed", "64, table of far buckets", "64, mask 
 QUICK_LONG |= {"128, everything", "256, relative, dropout"}
 
 
-def selected():
-    for group, quick in ((cases(), QUICK), (LONG, QUICK_LONG)):
-        for n, case in enumerate(group):
-            for dtype in HALF:
-                slow = case.name not in quick or dtype is HALF[n % 2]
-                name = f"{str(dtype).removeprefix('torch.')}-{'long ' * (group is LONG)}{case.name}"
-                marks = pytest.mark.slow if slow else ()
-                yield pytest.param(dtype, case, MODES[n % 6], id=name, marks=marks)
-
-
-def held(case: Case, dtype: torch.dtype):
-    check(
-        case.function("cuda"), case.function("reference"), case.plain(dtype), case.inputs,
-        dtype=dtype, wanted=case.wanted, names=("out", "lse"), keep=case.keep, layouts=case.layouts,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(("dtype", "case", "schedule"), list(selected()))
+@pytest.mark.parametrize(("dtype", "case", "schedule"), list(selected(LONG, QUICK, QUICK_LONG)))
 def test_against_fp64(dtype, case, schedule):
     with card(80), mode(*schedule):
         held(case, dtype)
@@ -106,7 +78,7 @@ def leaves(case: Case) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["64, causal", "128, everything"])
 def test_schedules_give_the_same_bits(name):
-    (case,) = (c for c in LONG if c.name == name)
+    case = by_name(LONG, name)
     results = []
     for schedule in MODES[::2]:
         inputs = leaves(case)
@@ -258,10 +230,7 @@ BUGS = [bug for _, bug in PLANTED]
 
 @functools.cache
 def planted() -> Planted:
-    kernels = sorted((ROOT / "csrc/cuda").glob("sm*/attention_[fb]*.cu"))
-    sources = ["cuda/attention.cu", "cuda/device.cu", "ops/cuda/attention.cpp"]
-    sources += [k.relative_to(ROOT / "csrc").as_posix() for k in kernels]
-    return Planted("attention_sm80", sources, BUGS)
+    return planted_kernels("attention_sm80", BUGS)
 
 
 @functools.cache
@@ -272,7 +241,7 @@ def narrow_of_a_clean_run(name: str) -> int:
 def run_planted(name: str, bug: str | None, eager: bool, seed: int) -> int:
     """Bytes moved by less than 16: many more where rows that met NaN are made once more, which
     mends what unwritten shared memory, NaN, has done."""
-    (case,) = (c for c in LONG if c.name == name)
+    case = by_name(LONG, name)
     with planted().bug(bug, 80, eager, seed):
         instructions.traffic(planted().library)
         held(case, torch.float16)

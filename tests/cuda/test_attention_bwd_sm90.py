@@ -9,33 +9,23 @@ import torch
 
 import fasttx
 from fasttx.ops.attention import ORDERED, attention_bwd, attention_fwd
-from fasttx.testing import check, recorded_calls
-from tests.emulator.build import ROOT
+from fasttx.testing import recorded_calls
 from tests.ops.attention_cases import (
     WITH_MASK,
     WITH_TABLE,
     Case,
     additive,
-    cases,
     padding,
     qkv,
     random,
     relative,
 )
 
+from .attention import CAUSAL, DROP, LOWER, alibi, by_name, held, planted_kernels, selected
+from .cases import HALF, MODES
 from .compiled import CUDA, compiled, nvcc
 from .emulated import card, mode, traffic
 from .planted import Bug, Planted
-
-HALF = (torch.bfloat16, torch.float16)
-MODES = [(eager, seed) for eager in (False, True) for seed in (0, 1, 2)]
-CAUSAL, LOWER = {"is_causal": True}, {"is_causal": "lower_right"}
-DROP = {"dropout_p": 0.2, "seed": 5}
-
-
-def alibi(slopes):
-    return fasttx.ALiBi(slopes)
-
 
 # Several tiles of 128 keys and of rows, 128 (64 columns) or 64 (128 columns).
 LONG = [
@@ -82,24 +72,7 @@ QUICK_LONG = {
 QUICK_LONG |= {"64, wide reach", "128", "128, causal, grouped", "128, relative", "128, everything"}
 
 
-def selected():
-    for group, quick in ((cases(), QUICK), (LONG, QUICK_LONG)):
-        for n, case in enumerate(group):
-            for dtype in HALF:
-                slow = case.name not in quick or dtype is HALF[n % 2]
-                name = f"{str(dtype).removeprefix('torch.')}-{'long ' * (group is LONG)}{case.name}"
-                marks = pytest.mark.slow if slow else ()
-                yield pytest.param(dtype, case, MODES[n % 6], id=name, marks=marks)
-
-
-def held(case: Case, dtype: torch.dtype):
-    check(
-        case.function("cuda"), case.function("reference"), case.plain(dtype), case.inputs,
-        dtype=dtype, wanted=case.wanted, names=("out", "lse"), keep=case.keep, layouts=case.layouts,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(("dtype", "case", "schedule"), list(selected()))
+@pytest.mark.parametrize(("dtype", "case", "schedule"), list(selected(LONG, QUICK, QUICK_LONG)))
 def test_against_fp64(dtype, case, schedule):
     with card(90), mode(*schedule):
         held(case, dtype)
@@ -159,7 +132,7 @@ def test_order_is_asked_for(deterministic):
 
 def test_schedules_give_the_same_bits():
     """Gradients of a mask and of a table too."""
-    (case,) = (c for c in LONG if c.name == "64, table of far buckets")
+    case = by_name(LONG, "64, table of far buckets")
     bias = {"position_bias": case.bias(case.inputs["table"].bfloat16().requires_grad_())}
     args = call(
         {**DROP, **bias},
@@ -399,15 +372,12 @@ BUGS = [bug for _, bug in PLANTED]
 
 @functools.cache
 def planted() -> Planted:
-    kernels = sorted((ROOT / "csrc/cuda").glob("**/attention_[fb]*.cu"))
-    sources = ["cuda/attention.cu", "cuda/device.cu", "ops/cuda/attention.cpp"]
-    sources += [k.relative_to(ROOT / "csrc").as_posix() for k in kernels]
-    return Planted("attention_bwd_sm90", sources, BUGS)
+    return planted_kernels("attention_bwd_sm90", BUGS)
 
 
 def caught(name: str, bug: str | None) -> bool:
     """Whether some schedule shows it: a fault, or a result that is not right."""
-    (case,) = (c for c in LONG if c.name == name)
+    case = by_name(LONG, name)
     for eager, seed in [(e, s) for s in range(8) for e in (False, True)]:
         with planted().bug(bug, 90, eager, seed):
             try:

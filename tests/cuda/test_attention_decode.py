@@ -12,9 +12,9 @@ from fasttx.testing import check, guarded_outputs
 from tests.ops import test_attention_decode as ops
 from tests.ops.test_attention_decode import CASES, alibi, cached, ints, table
 
+from .cases import HALF, selected
 from .emulated import mode, traffic
 
-HALF = (torch.bfloat16, torch.float16)
 # Heads whose rows lie by 16 bytes, at the sizes at which another kernel begins.
 MORE = {
     "by eight, D 64": (cached(2, 6, 2, S=2, D=64, T=150), {}),
@@ -31,15 +31,7 @@ ALL = {**CASES, **{name: (*case, {}) for name, case in MORE.items()}}
 QUICK = {*ops.FEW, *MORE, "head size 256", "empty cache", "everything", "strided", "no queries"}
 
 
-def selected():
-    for name in ALL:
-        for dtype in HALF:
-            slow = name not in QUICK or dtype is torch.float16
-            label = f"{str(dtype).removeprefix('torch.')}-{name}"
-            yield pytest.param(dtype, name, id=label, marks=pytest.mark.slow if slow else ())
-
-
-@pytest.mark.parametrize(("dtype", "name"), list(selected()))
+@pytest.mark.parametrize(("dtype", "name"), list(selected(((name, name) for name in ALL), QUICK)))
 def test_against_fp64(dtype, name):
     inputs, options, layouts = ALL[name]
     with mode(seed=len(name) % 3):

@@ -8,21 +8,12 @@ import pytest
 import torch
 
 import fasttx
-from fasttx.testing import check
-from tests.emulator.build import ROOT
-from tests.ops.attention_cases import Case, additive, cases, padding, qkv, random, relative
+from tests.ops.attention_cases import Case, additive, padding, qkv, random, relative
 
+from .attention import CAUSAL, DROP, LOWER, alibi, by_name, held, planted_kernels, selected
+from .cases import MODES
 from .emulated import card, library, mode
 from .planted import Bug, Planted
-
-HALF = (torch.bfloat16, torch.float16)
-MODES = [(eager, seed) for eager in (False, True) for seed in (0, 1, 2)]
-CAUSAL, LOWER = {"is_causal": True}, {"is_causal": "lower_right"}
-DROP = {"dropout_p": 0.2, "seed": 5}
-
-
-def alibi(slopes):
-    return fasttx.ALiBi(slopes)
 
 
 def long(B=1, H=2, S=200, T=330, D=64, **more):
@@ -62,33 +53,17 @@ QUICK |= {"relative, causal, dropout", "packed cross, dropout", "head size 256",
 QUICK |= {"wide value, odd head", "rows of finite minima", "everything", "negative scale"}
 
 
-def selected():
-    for group in (cases(), LONG):
-        for n, case in enumerate(group):
-            for dtype in HALF:
-                quick = case.name in QUICK or (group is LONG and n % 3 == 0)
-                slow = () if quick and dtype is HALF[n % 2] else pytest.mark.slow
-                where = "long " if group is LONG else ""
-                name = f"{str(dtype).removeprefix('torch.')}-{where}{case.name}"
-                yield pytest.param(dtype, case, MODES[n % 6], id=name, marks=slow)
-
-
-def held(case: Case, dtype: torch.dtype):
-    check(
-        case.function("cuda"), case.function("reference"), case.plain(dtype), case.inputs,
-        dtype=dtype, names=("out", "lse"), keep=case.keep, layouts=case.layouts,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(("dtype", "case", "schedule"), list(selected()))
+@pytest.mark.parametrize(
+    ("dtype", "case", "schedule"), list(selected(LONG, QUICK, {c.name for c in LONG[::3]}))
+)
 def test_against_fp64(dtype, case, schedule):
     with card(90), mode(*schedule):
-        held(case, dtype)
+        held(case, dtype, gradients=False)
 
 
 @pytest.mark.parametrize("name", ["64, causal", "128", "packed", "relative, 128", "dropout"])
 def test_schedules_give_the_same_bits(name):
-    (case,) = (c for c in LONG if c.name == name)
+    case = by_name(LONG, name)
     inputs = {n: t.bfloat16() if t.is_floating_point() else t for n, t in case.inputs.items()}
     inputs |= {n: case.inputs[n] for n in case.keep}
     results = []
@@ -189,19 +164,16 @@ BUGS = [bug for _, bug in PLANTED]
 
 @functools.cache
 def planted() -> Planted:
-    kernels = sorted((ROOT / "csrc/cuda").glob("sm*/attention_[fb]*.cu"))
-    sources = ["cuda/attention.cu", "cuda/device.cu", "ops/cuda/attention.cpp"]
-    sources += [k.relative_to(ROOT / "csrc").as_posix() for k in kernels]
-    return Planted("attention_fwd_sm90", sources, BUGS)
+    return planted_kernels("attention_fwd_sm90", BUGS)
 
 
 def caught(name: str, bug: str | None) -> bool:
     """Whether some schedule shows it: a fault, or a result that is not right."""
-    (case,) = (c for c in LONG if c.name == name)
+    case = by_name(LONG, name)
     for eager, seed in MODES:
         with planted().bug(bug, 90, eager, seed):
             try:
-                held(case, torch.bfloat16)
+                held(case, torch.bfloat16, gradients=False)
             except (RuntimeError, AssertionError):
                 return True
     return False

@@ -9,9 +9,9 @@ from fasttx.testing import check
 from tests.ops import test_embed as ops
 from tests.ops.test_embed import BERT, CASES, DROP, NAMES, RMS, Case
 
+from .cases import named, selected
 from .emulated import mode, traffic
 
-HALF = (torch.bfloat16, torch.float16)
 # Rows by eight, at the widths at which another kernel begins.
 WIDTHS = {8: 9, 256: 5, 264: 5, 512: 3, 768: 6, 1024: 3, 1032: 3, 4096: 2, 4104: 2, 16384: 1, 16392: 1}  # fmt: skip
 MORE = [
@@ -40,15 +40,7 @@ QUICK |= {"8 columns", "264 columns", "768 columns", "many rows", "many rows, by
 QUICK |= {c.name for c in MORE if c.name.startswith("by eight")}
 
 
-def selected():
-    for case in [*CASES, *MORE]:
-        for dtype in HALF:
-            slow = case.name not in QUICK or dtype is torch.float16
-            name = f"{str(dtype).removeprefix('torch.')}-{case.name}"
-            yield pytest.param(dtype, case, id=name, marks=pytest.mark.slow if slow else ())
-
-
-@pytest.mark.parametrize(("dtype", "case"), list(selected()))
+@pytest.mark.parametrize(("dtype", "case"), list(selected(named([*CASES, *MORE]), QUICK)))
 def test_against_fp64(dtype: torch.dtype, case: Case):
     with mode(seed=len(case.name) % 3):
         check(

@@ -11,9 +11,8 @@ from fasttx.testing import check
 from tests.ops.test_ffn import AGAIN, DROP, NAMES, PLAIN, TURNED, WEIGHTS, Case
 
 from .emulated import mode
-from .gemm_kernels import KERNELS, gemm_kernel
+from .gemm_kernels import KERNELS, gemm_kernel, selected
 
-HALF = (torch.bfloat16, torch.float16)
 SWIGLU, GEGLU = {"activation": "swiglu"}, {"activation": "geglu"}
 TAKEN = {"dout": "strided", "b1": "strided", "b2": "strided", "b_gate": "strided"}
 CASES = [
@@ -40,18 +39,7 @@ QUICK = {"plain", "everything", "everything again", "many tiles", "odd columns",
 QUICK |= {"no gate, transposed", "no rows", "sums over many rows"}
 
 
-def selected():
-    for case in CASES:
-        for kernel in KERNELS:
-            for dtype in HALF:
-                slow = case.name not in QUICK or dtype is HALF[kernel == "sm80"]
-                slow |= kernel == "sm90 wide" and len(case.name) % 2
-                name = f"{str(dtype).removeprefix('torch.')}-{kernel}-{case.name}"
-                marks = pytest.mark.slow if slow else ()
-                yield pytest.param(dtype, kernel, case, id=name, marks=marks)
-
-
-@pytest.mark.parametrize(("dtype", "kernel", "case"), list(selected()))
+@pytest.mark.parametrize(("dtype", "kernel", "case"), list(selected(CASES, QUICK, "sm80")))
 def test_against_fp64(dtype: torch.dtype, kernel: str, case: Case):
     with gemm_kernel(kernel), mode(len(case.name) % 2 == 1, len(case.name) % 3):
         check(

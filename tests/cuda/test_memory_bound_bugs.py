@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 SOFTMAX, MASK, DECODE = "cuda/softmax.h", "cuda/softmax_mask.cu", "cuda/attention_decode.cu"
 TILE = "for (int i = 0; i < 8; i++) scratch[slot * TILE_ROWS + i * 8 + at] = x[i];"
-SUMS = "for (int i = 0; i < 8; i++) scratch[(warp * 8 + i) * 32 + thread] = sums[kind][i];"
+SUMS = "for (int i = 0; i < 8; i++) scratch[(row * 8 + i) * 32 + lane] = sums[kind][i];"
 PLACES = "if (threadIdx.x < ROWS) rows[threadIdx.x] = query_of(p, b, g, first_row + threadIdx.x, length);"
 FLAGS = "if (lane == 0) flags[warp] = bad ? 1.0f : 0.0f;"
 PEAK = "if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;"
@@ -22,7 +22,8 @@ BUGS = {
     "softmax": [
         Bug("no barrier in a tile", SOFTMAX, f"{TILE}\n  __syncthreads();", TILE),
         Bug("no barrier before a block's maximum", "cuda/reduce.h", f"{PEAK}\n  __syncthreads();", PEAK),
-        Bug("a warp's maximum for a block's", "cuda/softmax_fwd.cu", "WARP ? warp_max(peak) : block_max(peak, scratch)", "warp_max(peak)"),
+        Bug("a warp's maximum for a block's", "cuda/row_group.h", "return block_max(x, scratch);", "return warp_max(x);"),
+        Bug("a row's maximum with its neighbour's", "cuda/row_group.h", "if (with < g.lanes) x = fmaxf(", "if (with < 2 * g.lanes) x = fmaxf("),
         Bug("a vector too many", "cuda/sweep.h", "(V - lead) / 8", "(V - lead + 7) / 8"),
         Bug("a column too many", SOFTMAX, "at.i[2] + p.offset + 1", "at.i[2] + p.offset + 2"),
         Bug("no barrier before the rows' sums", MASK, "__syncthreads();\n  if (warp || n >= plan.columns) return;", "if (warp || n >= plan.columns) return;"),
@@ -32,8 +33,8 @@ BUGS = {
         Bug("a run ends too early", "cuda/embed_tables.cu", "e + k + 1 == CHUNK", "e + k + 2 == CHUNK"),
         Bug("a piece too few", "cuda/embed_tables.cu", "(lower_bound(p, int64_t{id} + 1) + CHUNK - 1) / CHUNK", "lower_bound(p, int64_t{id} + 1) / CHUNK"),
         Bug("absent rows left alone", "cuda/embed_tables.cu", "absent = key_at(p, at) != first + lane;", "absent = false;"),
-        Bug("no barrier before the warps' sums", "cuda/embed_bwd.cu", f"{SUMS}\n        __syncthreads();", SUMS),
-        Bug("dropout of the column beside", "cuda/embed.h", "kept >> n % 8 & 1", "kept >> (n + 1) % 8 & 1"),
+        Bug("no barrier before the warps' sums", "cuda/norm_row.h", f"{SUMS}\n      __syncthreads();", SUMS),
+        Bug("dropout of the column beside", "cuda/philox.h", "kept >> column % 8 & 1", "kept >> (column + 1) % 8 & 1"),
     ],
     "attention_decode": [
         Bug("no barrier after the queries", DECODE, f"{PLACES}\n  __syncthreads();", PLACES),

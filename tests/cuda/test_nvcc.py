@@ -3,12 +3,13 @@ the instructions it is written for are there. The emulator's own kernels too: th
 header."""
 
 import re
+import shutil
+import subprocess
+from collections import Counter
 
 import pytest
 
-from tests.emulator.build import ROOT
-
-from .compiled import ARCHS, everything, nvcc
+from .compiled import ARCHS, CUDA, everything, nvcc
 
 pytestmark = [
     pytest.mark.slow,
@@ -23,10 +24,42 @@ def test_nothing_spills():
     assert not spilled, "\n".join(map(str, spilled))
 
 
+# What is compiled more than once: folder and kernel. Of attention and of the products each dtype is
+# an instance; elsewhere it is read at run time.
+INSTANCES = {
+    # 64 columns: the band alone, a bias, dropout; 128: the band alone, all; 256: all.
+    ("sm80", "attention_fwd"): 2 * 6,
+    ("sm80", "attention_bwd"): 2 * 3 * 2,  # 64, 128, 256 columns; rows kept, keys kept
+    ("sm80", "attention_bwd_mask"): 3,
+    ("sm80", "gemm"): 2,
+    # 64 and 128 columns: the band alone, a bias, dropout; 256: the band alone, all.
+    ("sm90", "attention_fwd"): 2 * 8,
+    ("sm90", "attention_bwd_kernel"): 2 * 2 * 2,  # 64, 128 columns; the band alone, all
+    ("sm90", "gemm"): 2 * 2,  # tiles of 128 and of 256 columns
+    ("cuda", "attention_decode"): 4,  # 64, 128, 256 columns by 16 bytes, any by one number
+    ("cuda", "rope_by_eight"): 2,  # halves, neighbours
+}
+
+
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt to read names with")
+def test_instantiations_are_few():
+    kernels = {(r.source, r.kernel) for r in everything()[0] if (CUDA / r.source).is_file()}
+    folders, names = zip(*sorted(kernels), strict=True)
+    shown = subprocess.run(
+        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+    ).stdout.replace("(anonymous namespace)::", "")
+    found = Counter()
+    for source, name in zip(folders, shown.splitlines(), strict=True):
+        if template := re.match(r"void (?:\w+::)*(\w+)<", name):
+            found[(CUDA / source).parent.name, template[1]] += 1
+    assert found == INSTANCES
+    assert found.total() <= 64
+
+
 def test_memory_bound_kernels_leave_room_for_many_threads():
     """Registers of a thread, at most: with them 512 threads and more fit a multiprocessor."""
     resources, _ = everything()
-    own = {p.name for p in (ROOT / "csrc/cuda").glob("*.cu")}  # sm80/, sm90/: tensor cores
+    own = {p.name for p in CUDA.glob("*.cu")}  # sm80/, sm90/: tensor cores
     own -= {"attention_decode.cu"}  # and here: sums of 16 rows in registers
     crowded = [r for r in resources if r.source in own and r.registers > 128]
     assert not crowded, "\n".join(map(str, crowded))
@@ -75,5 +108,5 @@ def test_no_float_atomics():
     """Gradients are the same bits in every run. Counters of turns are whole numbers, and the bulk
     reduce-add of dq, which deterministic algorithms put in order, is another instruction."""
     for (source, _), text in everything()[1].items():
-        if (ROOT / "csrc/cuda" / source).is_file():
+        if (CUDA / source).is_file():
             assert not re.search(r"\b(atom|red)\.\S*\.b?f(16|32|64)", text), source

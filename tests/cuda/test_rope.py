@@ -10,9 +10,9 @@ from fasttx.ops.rope import rope_bwd, rope_fwd
 from fasttx.testing import check, lay_out
 from tests.ops.test_rope import CASES, GPTJ, NAMES, Case
 
+from .cases import named, selected
 from .emulated import mode, traffic
 
-HALF = (torch.bfloat16, torch.float16)
 MORE = [
     Case("by eight, transposed", (2, 5, 2, 3, 64), None, (3,), {}, {"q": "transposed"}),
     Case("by eight, partial", (2, 3, 2, 3, 64), 32, (2, 3), {}, {"k": "transposed"}),
@@ -22,15 +22,7 @@ QUICK = {"halves", "interleaved", "partial", "one of each", "no columns", "trans
 QUICK |= {"an angle a pair", "an angle a pair, interleaved", *(c.name for c in MORE)}
 
 
-def selected():
-    for case in [*CASES, *MORE]:
-        for dtype in HALF:
-            slow = case.name not in QUICK or dtype is torch.float16
-            name = f"{str(dtype).removeprefix('torch.')}-{case.name}"
-            yield pytest.param(dtype, case, id=name, marks=pytest.mark.slow if slow else ())
-
-
-@pytest.mark.parametrize(("dtype", "case"), list(selected()))
+@pytest.mark.parametrize(("dtype", "case"), list(selected(named([*CASES, *MORE]), QUICK)))
 def test_against_fp64(dtype: torch.dtype, case: Case):
     gold, plain = (functools.partial(case.plain, t) for t in (torch.float64, dtype))
     with mode(seed=len(case.name) % 3):

@@ -9,9 +9,9 @@ from fasttx.testing import check
 from tests.ops import test_softmax as ops
 from tests.ops.test_softmax import CASES, Case, additive, holes
 
+from .cases import named, selected
 from .emulated import mode, traffic
 
-HALF = (torch.bfloat16, torch.float16)
 CAUSAL = {"is_causal": "lower_right"}
 MORE = [
     # Rows by eight: a warp's, a block's; widths at which another kernel begins.
@@ -40,15 +40,7 @@ QUICK |= {"256 columns", "264 columns", "1032 columns", "fp32 mask, sliced", "8 
 QUICK |= {"tile, log, causal", "tile, mask of every number", "one number"}
 
 
-def selected():
-    for case in [*CASES, *MORE]:
-        for dtype in HALF:
-            slow = case.name not in QUICK or dtype is torch.float16
-            name = f"{str(dtype).removeprefix('torch.')}-{case.name}"
-            yield pytest.param(dtype, case, id=name, marks=pytest.mark.slow if slow else ())
-
-
-@pytest.mark.parametrize(("dtype", "case"), list(selected()))
+@pytest.mark.parametrize(("dtype", "case"), list(selected(named([*CASES, *MORE]), QUICK)))
 def test_against_fp64(dtype: torch.dtype, case: Case):
     with mode(seed=len(case.name) % 3):
         check(

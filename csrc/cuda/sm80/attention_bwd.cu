@@ -3,12 +3,11 @@
 
 namespace fasttx {
 
-int attention_bwd_rows_bf16(const Backward& f, bool plain, void* stream);
-int attention_bwd_rows_f16(const Backward& f, bool plain, void* stream);
-int attention_bwd_keys_bf16(const Backward& f, bool plain, void* stream);
-int attention_bwd_keys_f16(const Backward& f, bool plain, void* stream);
-int attention_bwd_mask_bf16(const Attention& p, void* stream);
-int attention_bwd_mask_f16(const Attention& p, void* stream);
+int attention_bwd_rows_bf16(const Backward& f, void* stream);
+int attention_bwd_rows_f16(const Backward& f, void* stream);
+int attention_bwd_keys_bf16(const Backward& f, void* stream);
+int attention_bwd_keys_f16(const Backward& f, void* stream);
+int attention_bwd_mask_sm80(const Attention& p, void* stream);
 
 namespace {
 
@@ -100,11 +99,12 @@ Layout lay_out(const Attention& p, float* workspace) {
   Layout l = {};
   Backward& f = l.f;
   f.p = p;
+  f.general = !is_plain(p) || p.dropout.threshold || p.two_numbers;
   const int D = p.D > p.Dv ? p.D : p.Dv;
-  const int own = D <= 64 ? BackwardShape<64, true, false>::OWN : 64, keys = 64;
-  static_assert(BackwardShape<64, true, true>::OWN == 64);
-  static_assert(BackwardShape<128, true, true>::OWN == 64);
-  static_assert(BackwardShape<128, true, false>::OWN == 64);
+  const int own = D <= 64 ? BackwardShape<64, false>::OWN : 64, keys = 64;
+  static_assert(BackwardShape<64, true>::OWN == 64);
+  static_assert(BackwardShape<128, true>::OWN == 64);
+  static_assert(BackwardShape<128, false>::OWN == 64);
   f.row_tiles = static_cast<int>(tile_count(p.S, p.sequences, own));
   f.key_tiles = static_cast<int>(tile_count(p.T, p.sequences, keys));
   auto take = [&](int64_t count) {
@@ -120,7 +120,7 @@ Layout lay_out(const Attention& p, float* workspace) {
     if (!l.by_pairs && dmask.sizes[2] <= 1) f.column_sums = take(heads * p.T);
   }
   if (p.a.need & 16) {
-    l.distances = own + BackwardShape<64, true, false>::OTHER;
+    l.distances = own + BackwardShape<64, false>::OTHER;
     f.table_width = table_width(p, l.distances);
     f.table_sums = take(heads * f.row_tiles * f.table_width);
     l.totals = take(int64_t{p.H} * f.table_width);
@@ -160,20 +160,15 @@ int attention_bwd_sm80(const Attention& p, float* workspace, void* stream) {
   const Layout l = lay_out(p, workspace);
   const Backward& f = l.f;
   const bool is_bf16 = p.a.q.dtype == FASTTX_BF16;
-  const bool plain = is_plain(p) && !p.dropout.threshold && !p.two_numbers;
   int status = cudaSuccess;
   auto then = [&](bool wanted, auto step) {
     if (wanted && status == cudaSuccess) status = step();
   };
-  then((p.a.need & 17) || f.row_sums, [&] {
-    return (is_bf16 ? attention_bwd_rows_bf16 : attention_bwd_rows_f16)(f, plain, stream);
-  });
-  then((p.a.need & 6) || f.column_sums, [&] {
-    return (is_bf16 ? attention_bwd_keys_bf16 : attention_bwd_keys_f16)(f, plain, stream);
-  });
-  then(l.by_pairs, [&] {
-    return (is_bf16 ? attention_bwd_mask_bf16 : attention_bwd_mask_f16)(p, stream);
-  });
+  then((p.a.need & 17) || f.row_sums,
+       [&] { return (is_bf16 ? attention_bwd_rows_bf16 : attention_bwd_rows_f16)(f, stream); });
+  then((p.a.need & 6) || f.column_sums,
+       [&] { return (is_bf16 ? attention_bwd_keys_bf16 : attention_bwd_keys_f16)(f, stream); });
+  then(l.by_pairs, [&] { return attention_bwd_mask_sm80(p, stream); });
   then(f.row_sums, [&] { return sum_mask(p, f.row_sums, true, stream); });
   then(f.column_sums, [&] { return sum_mask(p, f.column_sums, false, stream); });
   then(f.table_sums, [&] { return sum_table(l, stream); });

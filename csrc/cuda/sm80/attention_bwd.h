@@ -14,6 +14,8 @@ namespace fasttx {
 
 struct Backward {
   Attention p;
+  int general;  // whatever makes a call not plain (is_plain), dropout, statistics of two numbers
+  int only_dv;  // of the two passes by keys where heads are wide
   int row_tiles, key_tiles;  // of a head
   float* row_sums;           // [B, H, S] of ds; or null
   float* column_sums;        // [B, H, T]; or null
@@ -51,14 +53,11 @@ FASTTX_DEVICE PairGradient pair_gradient(const Attention& p, float product, floa
   return {weight, hidden ? 0.0f : weight * (dp - row.delta), bend};
 }
 
-enum Part { BOTH, DK, DV };
-
-// GENERAL: whatever makes a call not plain (is_plain), dropout and statistics of two numbers too.
-template <int D_, bool GENERAL_, bool BY_KEYS_, Part PART_ = BOTH>
+template <int D_, bool BY_KEYS_>
 struct BackwardShape {
   static constexpr int D = D_;
-  static constexpr bool GENERAL = GENERAL_, BY_KEYS = BY_KEYS_;
-  static constexpr Part PART = PART_;
+  static constexpr bool BY_KEYS = BY_KEYS_;
+  static constexpr bool APART = BY_KEYS && D == 256;  // dk and dv, each in a pass of its own
   static constexpr int WARPS = 4, THREADS = 32 * WARPS;
   static constexpr int M = D == 64 && !BY_KEYS ? 2 : 1;  // 16 rows (or keys) each, a warp
   static constexpr int OWN = 16 * M * WARPS, OTHER = 32, N = OTHER / 8;
@@ -68,7 +67,8 @@ struct BackwardShape {
   static constexpr int OWN_TILE = OWN * D * 2, OTHER_TILE = OTHER * D * 2;
   static constexpr int STAGE = 2 * OWN_TILE, ROWS = STAGE + STAGES * 2 * OTHER_TILE;
   static constexpr int BIAS = ROWS + (BY_KEYS ? STAGES * 3 * OTHER * 4 : 0);
-  static constexpr int DS = BIAS + (GENERAL ? STAGES * static_cast<int>(sizeof(BiasOf)) : 0);
+  // Without a bias shared memory ends where its tiles would begin.
+  static constexpr int DS = BIAS + STAGES * static_cast<int>(sizeof(BiasOf));
   static constexpr int DS_PITCH = OTHER + 1;
   // ds by distance: with a table's gradient alone; where heads are wide in v's place.
   static constexpr int MORE = D == 256 || BY_KEYS ? 0 : OWN * DS_PITCH * 4;
@@ -109,26 +109,26 @@ FASTTX_DEVICE void add_distances(float* sums, const float* ds, int least, int or
   }
 }
 
-template <class T>
-FASTTX_RARE void careful_row_gradient(const Attention& p, int sequence, int head, int i) {
-  careful_dq<T>(p, sequence, head, i);
+FASTTX_RARE inline void careful_row_gradient(const Attention& p, int sequence, int head, int i) {
+  careful_dq(p, sequence, head, i);
 }
-template <class T>
-FASTTX_RARE void careful_key_gradients(const Attention& p, int sequence, int kv_head, int j) {
-  careful_key<T>(p, sequence, kv_head, j);
+FASTTX_RARE inline void careful_key_gradients(const Attention& p, int sequence, int kv_head,
+                                              int j) {
+  careful_key(p, sequence, kv_head, j);
 }
 
 template <class T, class F>
 __global__ void __launch_bounds__(F::THREADS) attention_bwd(const __grid_constant__ Backward f) {
   constexpr int D = F::D, M = F::M, N = F::N, OWN = F::OWN, OTHER = F::OTHER;
-  constexpr bool BY_KEYS = F::BY_KEYS, GENERAL = F::GENERAL;
+  constexpr bool BY_KEYS = F::BY_KEYS;
   FASTTX_SHARED(shared);
   const Attention& p = f.p;
   const fasttx_attention& a = p.a;
   const int thread = threadIdx.x, lane = thread % 32, g = lane / 4;
   const int own = thread / 32 * 16 * M;  // the warp's rows (keys) within the tile
+  const bool general = D == 256 || f.general, only_dv = F::APART && f.only_dv;
   float* sums = nullptr;
-  if constexpr (GENERAL && !BY_KEYS) {
+  if constexpr (!BY_KEYS) {
     if (f.table_sums) {
       sums = f.table_sums + static_cast<int64_t>(blockIdx.x) * f.table_width;
       for (int x = thread; x < f.table_width; x += F::THREADS) sums[x] = 0.0f;
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(F::THREADS) attention_bwd(const __grid_constan
   }
 
   Range range = BY_KEYS ? visible_queries(at, at.first, OWN) : visible_keys(at, at.first, OWN);
-  if constexpr (GENERAL) {
+  if (general) {
     const Bias bias = make_bias(p, at);
     if constexpr (!BY_KEYS) {
       range = shown_keys(bias, at, range);
@@ -193,14 +193,14 @@ __global__ void __launch_bounds__(F::THREADS) attention_bwd(const __grid_constan
         rows[2 * OTHER] = row.delta;
       }
     }
-    if constexpr (GENERAL)
+    if (general)
       stage_bias<F::THREADS>(reinterpret_cast<typename F::BiasOf*>(shared + F::BIAS)[stage],
                              make_bias(p, here), here, BY_KEYS ? x0 : at.first,
                              BY_KEYS ? at.first : x0, now);
   };
 
-  float first[M][D / 8][4] = {};  // dq, or dk
-  constexpr bool TWO = BY_KEYS && F::PART != DK;
+  float first[M][D / 8][4] = {};  // dq, or dk; dv where it is apart
+  constexpr bool TWO = BY_KEYS && !F::APART;
   float second[TWO ? M : 1][TWO ? D / 8 : 1][4] = {};  // dv
   float side_sum[M][2] = {};
   RowStatistics own_rows[BY_KEYS ? 1 : M][2];
@@ -225,8 +225,7 @@ __global__ void __launch_bounds__(F::THREADS) attention_bwd(const __grid_constan
 
     float s[M][N][4] = {}, dp[M][N][4] = {};
     multiply_rows<T, D>(s, base, opaque(own), other);
-    if constexpr (F::PART != DV)
-      multiply_rows<T, D>(dp, base + F::OWN_TILE, opaque(own), other + F::OTHER_TILE);
+    if (!only_dv) multiply_rows<T, D>(dp, base + F::OWN_TILE, opaque(own), other + F::OTHER_TILE);
 
     const int now = opaque(thread), row = now / 32 * 16 * M + now % 32 / 4, column = now % 4 * 2;
     Place here = at;
@@ -245,53 +244,61 @@ __global__ void __launch_bounds__(F::THREADS) attention_bwd(const __grid_constan
     const Bias bias = {&p, 0.0f};
     float* ds_tile = reinterpret_cast<float*>(
         shared + (D == 256 ? F::STAGE + stage * 2 * F::OTHER_TILE + F::OTHER_TILE : F::DS));
-    if (GENERAL && D == 256 && sums) __syncthreads();  // v is no longer read
+    if (D == 256 && sums) __syncthreads();  // v is no longer read
 
-    constexpr int KN = BY_KEYS ? N : 4;
-    KeepRows<BY_KEYS ? 4 : N> keep_rows;
-    KeepColumns<KN> keep_columns;
+    // s becomes the weights, dp the gradients of the scores.
+    auto pairs = [&](auto is_general) {
+      constexpr bool GENERAL = decltype(is_general)::value;
+      constexpr int KN = BY_KEYS ? N : 4;
+      KeepRows<BY_KEYS ? 4 : N> keep_rows;
+      KeepColumns<KN> keep_columns;
 #pragma unroll
-    for (int m = 0; m < M; m++) {
-      if (GENERAL && p.dropout.threshold) {
-        const Key key = load_key(p.dropout);
-        if constexpr (BY_KEYS)
-          keep_columns.make(p.dropout, key, i0, j0 + now / 32 * 16 * M + 16 * m, here.head,
-                            at.sequence);
-        else
-          keep_rows.make(p.dropout, key, i0 + row + 16 * m, j0, here.head, at.sequence);
-      }
-#pragma unroll
-      for (int x = 0; x < N; x++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const int r = row + 16 * m + 8 * (e / 2), c = column + 8 * x + e % 2;
-          const int i = BY_KEYS ? c : r, j = BY_KEYS ? r : c;  // within the tile
-          const float more = GENERAL ? bias_at(bias_tile, bias, here, i0, j0, i, j) : 0.0f;
-          const bool hidden = edge && (i0 + i >= at.S || !in_band(at, i0 + i, j0 + j));
-          bool kept = true;
-          if (GENERAL && p.dropout.threshold) {
-            if constexpr (BY_KEYS)
-              kept = keep_columns.kept(x, e / 2, e % 2);
-            else
-              kept = keep_rows.kept(x, e / 2, e % 2);
-          }
-          const RowStatistics own_row = own_rows[BY_KEYS ? 0 : m][e / 2];
-          const RowStatistics statistics =
-              BY_KEYS ? RowStatistics{rows[c], rows[OTHER + c], rows[2 * OTHER + c]} : own_row;
-          const PairGradient pair = pair_gradient<GENERAL>(p, s[m][x][e], more, hidden, dp[m][x][e],
-                                                           statistics, kept);
-          if constexpr (GENERAL) {
-            side_sum[m][e / 2] += pair.ds;
-            if (!BY_KEYS && sums) ds_tile[r * F::DS_PITCH + c] = pair.ds;
-          }
-          dp[m][x][e] = pair.ds * pair.bend;
-          s[m][x][e] = kept ? pair.weight : 0.0f;
+      for (int m = 0; m < M; m++) {
+        if (GENERAL && p.dropout.threshold) {
+          const Key key = load_key(p.dropout);
+          if constexpr (BY_KEYS)
+            keep_columns.make(p.dropout, key, i0, j0 + now / 32 * 16 * M + 16 * m, here.head,
+                              at.sequence);
+          else
+            keep_rows.make(p.dropout, key, i0 + row + 16 * m, j0, here.head, at.sequence);
         }
-    }
-    if constexpr (F::PART != DV) multiply_weights<T, D>(first, dp, other);
+#pragma unroll
+        for (int x = 0; x < N; x++)
+#pragma unroll
+          for (int e = 0; e < 4; e++) {
+            const int r = row + 16 * m + 8 * (e / 2), c = column + 8 * x + e % 2;
+            const int i = BY_KEYS ? c : r, j = BY_KEYS ? r : c;  // within the tile
+            const float more = GENERAL ? bias_at(bias_tile, bias, here, i0, j0, i, j) : 0.0f;
+            const bool hidden = edge && (i0 + i >= at.S || !in_band(at, i0 + i, j0 + j));
+            bool kept = true;
+            if (GENERAL && p.dropout.threshold) {
+              if constexpr (BY_KEYS)
+                kept = keep_columns.kept(x, e / 2, e % 2);
+              else
+                kept = keep_rows.kept(x, e / 2, e % 2);
+            }
+            const RowStatistics own_row = own_rows[BY_KEYS ? 0 : m][e / 2];
+            const RowStatistics statistics =
+                BY_KEYS ? RowStatistics{rows[c], rows[OTHER + c], rows[2 * OTHER + c]} : own_row;
+            const PairGradient pair =
+                pair_gradient<GENERAL>(p, s[m][x][e], more, hidden, dp[m][x][e], statistics, kept);
+            if constexpr (GENERAL) {
+              side_sum[m][e / 2] += pair.ds;
+              if (!BY_KEYS && sums) ds_tile[r * F::DS_PITCH + c] = pair.ds;
+            }
+            s[m][x][e] = kept ? pair.weight : 0.0f;
+            dp[m][x][e] = only_dv ? s[m][x][e] : pair.ds * pair.bend;
+          }
+      }
+    };
+    if (D == 256 || general)
+      pairs(std::true_type());
+    else
+      pairs(std::false_type());
+    multiply_weights<T, D>(first, dp, other + (only_dv ? F::OTHER_TILE : 0));
     if constexpr (TWO) multiply_weights<T, D>(second, s, other + F::OTHER_TILE);
 
-    if constexpr (GENERAL && !BY_KEYS) {
+    if constexpr (!BY_KEYS) {
       if (sums) {
         __syncthreads();
         add_distances<F>(sums, ds_tile, j0 - i0 - (OWN - 1),
@@ -300,9 +307,9 @@ __global__ void __launch_bounds__(F::THREADS) attention_bwd(const __grid_constan
         __syncthreads();
       }
     }
-    if constexpr (GENERAL && BY_KEYS && F::PART != DV) {
+    if constexpr (BY_KEYS) {
       // The last rows of a head: its column sums.
-      if (f.column_sums && n % tiles == tiles - 1) {
+      if (f.column_sums && !only_dv && n % tiles == tiles - 1) {
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
@@ -326,7 +333,7 @@ __global__ void __launch_bounds__(F::THREADS) attention_bwd(const __grid_constan
   __syncthreads();
 
   place_backward<F>(f, at);
-  if constexpr (GENERAL && !BY_KEYS) {
+  if constexpr (!BY_KEYS) {
     if (f.row_sums) {
 #pragma unroll
       for (int m = 0; m < M; m++)
@@ -338,8 +345,8 @@ __global__ void __launch_bounds__(F::THREADS) attention_bwd(const __grid_constan
         }
     }
   }
-  if constexpr (GENERAL && BY_KEYS && F::PART != DV) {
-    if (f.column_sums && !steps) {
+  if constexpr (BY_KEYS) {
+    if (f.column_sums && !only_dv && !steps) {
       for (int x = thread; x < OWN * p.group; x += F::THREADS) {
         const int j = at.first + x % OWN;
         if (j < at.T)
@@ -349,39 +356,33 @@ __global__ void __launch_bounds__(F::THREADS) attention_bwd(const __grid_constan
       }
     }
   }
-  float factor[M][2];
   bool finite = true;
-  if constexpr (F::PART != DV) {
-    const fasttx_tensor& to = BY_KEYS ? a.dk : a.dq;
+  auto write = [&](const auto& sum, const fasttx_tensor& to, float scale) {
+    float factor[M][2];
 #pragma unroll
-    for (int m = 0; m < M; m++) factor[m][0] = factor[m][1] = p.grad_scale;
-    if (a.need & (BY_KEYS ? 2 : 1)) {
-      finite = all_finite(first);
-      write_rows<T, D>(shared, own, first, factor,
-                       static_cast<T*>(to.data) +
-                           rows_of(to, at.batch, BY_KEYS ? at.kv_head : at.head,
-                                   BY_KEYS ? at.key0 : at.row0),
-                       to.strides[2], to.strides[3], at.first + own, BY_KEYS ? at.T : at.S, p.D);
-    }
-  }
-  if constexpr (TWO) {
-#pragma unroll
-    for (int m = 0; m < M; m++) factor[m][0] = factor[m][1] = GENERAL ? p.dropout.scale : 1.0f;
-    if (a.need & 4) {
-      finite = all_finite(second) && finite;
-      write_rows<T, D>(shared, own, second, factor,
-                       static_cast<T*>(a.dv.data) + rows_of(a.dv, at.batch, at.kv_head, at.key0),
-                       a.dv.strides[2], a.dv.strides[3], at.first + own, at.T, p.Dv);
-    }
-  }
+    for (int m = 0; m < M; m++) factor[m][0] = factor[m][1] = scale;
+    finite = all_finite(sum) && finite;
+    write_rows<T, D>(
+        shared, own, sum, factor,
+        static_cast<T*>(to.data) +
+            rows_of(to, at.batch, BY_KEYS ? at.kv_head : at.head, BY_KEYS ? at.key0 : at.row0),
+        to.strides[2], to.strides[3], at.first + own, BY_KEYS ? at.T : at.S,
+        static_cast<int>(to.sizes[3]));
+  };
+  if (only_dv)
+    write(first, a.dv, p.dropout.scale);
+  else if (a.need & (BY_KEYS ? 2 : 1))
+    write(first, BY_KEYS ? a.dk : a.dq, p.grad_scale);
+  if constexpr (TWO)
+    if (a.need & 4) write(second, a.dv, p.dropout.scale);
   if (__all_sync(~0u, finite)) return;
   for (int r = 0; r < 16 * M; r++) {
     const int x = at.first + own + r;
     if (x >= (BY_KEYS ? at.T : at.S)) return;
     if constexpr (BY_KEYS)
-      careful_key_gradients<T>(p, at.sequence, at.kv_head, x);
+      careful_key_gradients(p, at.sequence, at.kv_head, x);
     else
-      careful_row_gradient<T>(p, at.sequence, at.head, x);
+      careful_row_gradient(p, at.sequence, at.head, x);
   }
 }
 
@@ -390,29 +391,25 @@ int launch_backward(const Backward& f, void* stream) {
   const int64_t blocks = F::BY_KEYS ? int64_t{f.key_tiles} * f.p.B * f.p.G
                                     : int64_t{f.row_tiles} * f.p.B * f.p.H;
   if (!blocks) return cudaSuccess;
-  const int bytes = F::DS + (f.table_sums ? F::MORE : 0);
+  const int bytes = !f.general && F::D < 256 ? F::BIAS : F::DS + (f.table_sums ? F::MORE : 0);
   return launch(attention_bwd<T, F>, dim3(static_cast<unsigned>(blocks)), F::THREADS, bytes, stream,
                 f);
 }
 
 // dq (and row sums, the table's sums) or, by keys, dk and dv (and column sums).
 template <class T, bool BY_KEYS>
-int launch_backward_side(const Backward& f, bool plain, void* stream) {
+int launch_backward_side(const Backward& f, void* stream) {
   const int D = f.p.D > f.p.Dv ? f.p.D : f.p.Dv;
-  if (D > 128) {
-    if constexpr (BY_KEYS) {
-      const int status = launch_backward<T, BackwardShape<256, true, true, DK>>(f, stream);
-      if (status != cudaSuccess) return status;
-      return launch_backward<T, BackwardShape<256, true, true, DV>>(f, stream);
-    } else {
-      return launch_backward<T, BackwardShape<256, true, false>>(f, stream);
-    }
-  }
-  if (D > 64)
-    return plain ? launch_backward<T, BackwardShape<128, false, BY_KEYS>>(f, stream)
-                 : launch_backward<T, BackwardShape<128, true, BY_KEYS>>(f, stream);
-  return plain ? launch_backward<T, BackwardShape<64, false, BY_KEYS>>(f, stream)
-               : launch_backward<T, BackwardShape<64, true, BY_KEYS>>(f, stream);
+  if (D <= 64) return launch_backward<T, BackwardShape<64, BY_KEYS>>(f, stream);
+  if (D <= 128) return launch_backward<T, BackwardShape<128, BY_KEYS>>(f, stream);
+  Backward part = f;
+  int status = cudaSuccess;
+  if (!BY_KEYS || f.p.a.need & 2 || f.column_sums)
+    status = launch_backward<T, BackwardShape<256, BY_KEYS>>(part, stream);
+  part.only_dv = 1;
+  if (BY_KEYS && status == cudaSuccess && f.p.a.need & 4)
+    status = launch_backward<T, BackwardShape<256, BY_KEYS>>(part, stream);
+  return status;
 }
 
 }  // namespace fasttx

@@ -3,8 +3,8 @@
 
 namespace fasttx {
 
-int attention_bwd_keys_bf16(const Backward& f, bool plain, void* stream) {
-  return launch_backward_side<bf16, true>(f, plain, stream);
+int attention_bwd_keys_bf16(const Backward& f, void* stream) {
+  return launch_backward_side<bf16, true>(f, stream);
 }
 
 }  // namespace fasttx

@@ -6,7 +6,7 @@
 
 namespace fasttx {
 
-// BIASED: whatever makes a call not plain (is_plain); DROPOUT: also dropout.
+// BIASED: whatever makes a call not plain (is_plain); DROPOUT: also dropout, where there is one.
 template <int D_, bool BIASED_, bool DROPOUT_>
 struct ForwardShape {
   static constexpr int D = D_;
@@ -35,7 +35,7 @@ FASTTX_DEVICE bool place_forward(const Forward& f, Place& at) {
 }
 
 template <class T, class F>
-__global__ void __launch_bounds__(F::THREADS) attention_fwd(const __grid_constant__ Forward f) {
+__global__ void __launch_bounds__(F::THREADS, 2) attention_fwd(const __grid_constant__ Forward f) {
   constexpr int D = F::D, M = F::M, BM = F::BM, BN = F::BN, N = BN / 8;
   FASTTX_SHARED(shared);
   const Attention& p = f.p;
@@ -146,16 +146,18 @@ __global__ void __launch_bounds__(F::THREADS) attention_fwd(const __grid_constan
           for (int e = 2 * h; e < 2 * h + 2; e++) o[m][n][e] *= decay;
       }
     if constexpr (F::DROPOUT) {
-      const Key key = load_key(p.dropout);
+      if (D == 64 || p.dropout.threshold) {
+        const Key key = load_key(p.dropout);
 #pragma unroll
-      for (int m = 0; m < M; m++) {
-        KeepRows<N> keep;
-        keep.make(p.dropout, key, i0 + row + 16 * m, j0, at.head, at.sequence);
+        for (int m = 0; m < M; m++) {
+          KeepRows<N> keep;
+          keep.make(p.dropout, key, i0 + row + 16 * m, j0, at.head, at.sequence);
 #pragma unroll
-        for (int n = 0; n < N; n++)
+          for (int n = 0; n < N; n++)
 #pragma unroll
-          for (int e = 0; e < 4; e++)
-            if (!keep.kept(n, e / 2, e % 2)) s[m][n][e] = 0.0f;
+            for (int e = 0; e < 4; e++)
+              if (!keep.kept(n, e / 2, e % 2)) s[m][n][e] = 0.0f;
+        }
       }
     }
     multiply_weights<T, D>(o, s, base + F::V);
@@ -194,7 +196,7 @@ __global__ void __launch_bounds__(F::THREADS) attention_fwd(const __grid_constan
       const int i = at.first + own + 16 * m + r, from = r % 8 * 4;
       const float top = __shfl_sync(~0u, r < 8 ? peak[m][0] : peak[m][1], from);
       const float sum = __shfl_sync(~0u, r < 8 ? total[m][0] : total[m][1], from);
-      if (i < at.S) careful_out<T>(p, at.sequence, at.head, i, top, log2f(sum));
+      if (i < at.S) careful_out(p, at.sequence, at.head, i, top, log2f(sum));
     }
 }
 
@@ -212,11 +214,9 @@ int launch_forward(const Attention& p, void* stream) {
   const bool drops = p.dropout.threshold != 0, plain = is_plain(p);
   const int D = p.D > p.Dv ? p.D : p.Dv;
   if (D > 128) return launch_forward<T, ForwardShape<256, true, true>>(p, stream);
-  if (D > 64) {
-    if (drops) return launch_forward<T, ForwardShape<128, true, true>>(p, stream);
-    if (!plain) return launch_forward<T, ForwardShape<128, true, false>>(p, stream);
-    return launch_forward<T, ForwardShape<128, false, false>>(p, stream);
-  }
+  if (D > 64)
+    return plain && !drops ? launch_forward<T, ForwardShape<128, false, false>>(p, stream)
+                           : launch_forward<T, ForwardShape<128, true, true>>(p, stream);
   if (drops) return launch_forward<T, ForwardShape<64, true, true>>(p, stream);
   if (!plain) return launch_forward<T, ForwardShape<64, true, false>>(p, stream);
   return launch_forward<T, ForwardShape<64, false, false>>(p, stream);

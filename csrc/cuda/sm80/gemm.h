@@ -76,14 +76,11 @@ FASTTX_DEVICE void load_b(uint32_t (&y)[4], uint32_t tile, int outer, int k, int
     ldmatrix_x4(y, tile + at_tile<0>(outer + lane % 8 + lane / 16 * 8, k + lane / 8 % 2 * 8));
 }
 
+// d = the steps of a tile, by a warp's 64 x 64.
 template <class T, int TA, int TB>
-__global__ void __launch_bounds__(THREADS, 2) gemm(const __grid_constant__ Gemm g) {
-  FASTTX_SHARED(shared);
-  const uint32_t base = shared_address(shared);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wm = warp / 2, wn = warp % 2;
-  const Tile t = tile_of<SIDE, SIDE, STEP>(g, blockIdx.x);
-  const int each = (g.K + STEP - 1) / STEP;
-
+FASTTX_DEVICE void multiply(const Gemm& g, const Tile& t, uint32_t base, int warp, int lane,
+                            float (&d)[4][8][4]) {
+  const int wm = warp / 2, wn = warp % 2, each = (g.K + STEP - 1) / STEP;
   auto bring = [&](int step) {
     if (step < t.end) {
       const int second = step >= each, k = (step - second * each) * STEP;
@@ -95,7 +92,6 @@ __global__ void __launch_bounds__(THREADS, 2) gemm(const __grid_constant__ Gemm 
     cp_async_commit();
   };
 
-  float d[4][8][4] = {};
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) bring(t.begin + i);
 #pragma unroll 1
@@ -121,6 +117,21 @@ __global__ void __launch_bounds__(THREADS, 2) gemm(const __grid_constant__ Gemm 
       }
     }
   }
+}
+
+template <class T>
+__global__ void __launch_bounds__(THREADS, 2) gemm(const __grid_constant__ Gemm g) {
+  FASTTX_SHARED(shared);
+  const uint32_t base = shared_address(shared);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wm = warp / 2, wn = warp % 2;
+  const Tile t = tile_of<SIDE, SIDE, STEP>(g, blockIdx.x);
+  float d[4][8][4] = {};
+  if (g.a[0].transposed)
+    multiply<T, 1, 1>(g, t, base, warp, lane, d);
+  else if (g.b[0].transposed)
+    multiply<T, 0, 1>(g, t, base, warp, lane, d);
+  else
+    multiply<T, 0, 0>(g, t, base, warp, lane, d);
   cp_async_wait<0>();
   __syncthreads();
 
@@ -143,10 +154,7 @@ __global__ void __launch_bounds__(THREADS, 2) gemm(const __grid_constant__ Gemm 
 template <class T>
 int launch(const Gemm& g, void* stream) {
   const int64_t blocks = count_tiles(g, SIDE) * g.parts;
-  const auto kernel = g.a[0].transposed   ? gemm<T, 1, 1>
-                      : g.b[0].transposed ? gemm<T, 0, 1>
-                                          : gemm<T, 0, 0>;
-  return fasttx::launch(kernel, dim3(static_cast<unsigned>(blocks)), THREADS, STAGES * STAGE,
+  return fasttx::launch(gemm<T>, dim3(static_cast<unsigned>(blocks)), THREADS, STAGES * STAGE,
                         stream, g);
 }
 

@@ -13,15 +13,13 @@ __global__ void __launch_bounds__(256) attention_bwd_zeros(const __grid_constant
 }
 
 // dq of a tile of rows from its sums.
-template <class T, int D>
 __global__ void __launch_bounds__(256) attention_bwd_dq(const __grid_constant__ AttentionBwd c) {
   FASTTX_SHARED(shared);
-  constexpr int ROWS = BwdTile<D>::ROWS;
   const Attention& p = c.p;
   const int tile = blockIdx.x % c.row_tiles, pair = blockIdx.x / c.row_tiles;
   const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
   Place at;
-  if (!make_place<false>(p, tile, pair % p.H, pair / p.H, ROWS, at)) return;
+  if (!make_place<false>(p, tile, pair % p.H, pair / p.H, c.rows, at)) return;
   const float* from = c.dq + (int64_t{pair} * c.row_tiles + tile) * BWD_DQ;
   float dq[32];
   bool odd = false;
@@ -34,15 +32,20 @@ __global__ void __launch_bounds__(256) attention_bwd_dq(const __grid_constant__ 
       odd |= !is_finite(dq[4 * n + r]);
     }
   }
-  // By rows or by columns.
-  const int row = at.first + (D == 64 ? 64 * group : 0), column = D == 64 ? 0 : 64 * group;
-  store_tile<T>(p.a.dq, at.batch, at.head, at.row0 + row, at.S - row, p.D - column, dq,
-                p.grad_scale, shared + 8192 * group, 1 + group, column);
+  const bool by_rows = c.rows == 128;  // the warpgroups' shares, or by columns
+  const int row = at.first + (by_rows ? 64 * group : 0), column = by_rows ? 0 : 64 * group;
+  auto store_as = [&](auto type) {
+    store_tile<decltype(type)>(p.a.dq, at.batch, at.head, at.row0 + row, at.S - row, p.D - column,
+                               dq, p.grad_scale, shared + 8192 * group, 1 + group, column);
+  };
+  if (p.a.dq.dtype == FASTTX_BF16)
+    store_as(bf16());
+  else
+    store_as(f16());
   if (__any_sync(~0u, odd) && threadIdx.x % 32 == 0) store(c.odd_rows + blockIdx.x, 1);
 }
 
 // Keys and rows of the tiles with a gradient that is not finite.
-template <class T>
 __global__ void __launch_bounds__(128) attention_bwd_odd(const __grid_constant__ AttentionBwd c) {
   const Attention& p = c.p;
   const int key_tiles = p.B * p.G * c.key_tiles, warp = threadIdx.x / 32;
@@ -53,14 +56,14 @@ __global__ void __launch_bounds__(128) attention_bwd_odd(const __grid_constant__
     const int pair = index / c.key_tiles;
     make_place<true>(p, index % c.key_tiles, pair % p.G, pair / p.G, BWD_KEYS, at);
     for (int j = at.first + warp; j < min(at.T, at.first + BWD_KEYS); j += 4)
-      careful_key<T>(p, at.sequence, at.kv_head, j);
+      careful_key(p, at.sequence, at.kv_head, j);
   }
   for (int index = blockIdx.x; index < row_tiles; index += gridDim.x) {
     if (!load(c.odd_rows + index)) continue;
     const int pair = index / c.row_tiles;
     make_place<false>(p, index % c.row_tiles, pair % p.H, pair / p.H, c.rows, at);
     for (int i = at.first + warp; i < min(at.S, at.first + c.rows); i += 4)
-      careful_dq<T>(p, at.sequence, at.head, i);
+      careful_dq(p, at.sequence, at.head, i);
   }
 }
 
@@ -111,18 +114,22 @@ __global__ void __launch_bounds__(256) attention_bwd_mask(const __grid_constant_
   if (element < count && (by_keys || lane == 0)) store1(mask.data, mask.dtype, element, sum);
 }
 
-template <class T>
-int finish(const AttentionBwd& c, void* stream) {
+}  // namespace
+
+int attention_bwd_zero(const AttentionBwd& c, void* stream) {
+  const int64_t blocks = (c.zero16 + 255) / 256, most = 16 * multiprocessors();
+  const dim3 grid(static_cast<unsigned>(blocks < most ? blocks : most));
+  return launch(attention_bwd_zeros, grid, 256, 0, stream, c);
+}
+int attention_bwd_finish(const AttentionBwd& c, void* stream) {
   const Attention& p = c.p;
   int status = cudaSuccess;
   if (p.a.need & 1) {
     const dim3 grid(static_cast<unsigned>(c.row_tiles) * p.B * p.H);
-    status = launch(
-        c.rows == BwdTile<64>::ROWS ? attention_bwd_dq<T, 64> : attention_bwd_dq<T, 128>, grid, 256,
-        16384, stream, c);
+    status = launch(attention_bwd_dq, grid, 256, 16384, stream, c);
   }
   if (status == cudaSuccess && (p.a.need & 7))
-    status = launch(attention_bwd_odd<T>, dim3(4 * multiprocessors()), 128, 0, stream, c);
+    status = launch(attention_bwd_odd, dim3(4 * multiprocessors()), 128, 0, stream, c);
   if (status == cudaSuccess && c.table_sums) {
     const unsigned parts = static_cast<unsigned>((p.a.dtable.sizes[0] + 31) / 32);
     status = launch(attention_bwd_table, dim3(p.H, parts), 256, 1024, stream, c);
@@ -135,17 +142,6 @@ int finish(const AttentionBwd& c, void* stream) {
     status = launch(attention_bwd_mask, grid, 256, 0, stream, c);
   }
   return status;
-}
-
-}  // namespace
-
-int attention_bwd_zero(const AttentionBwd& c, void* stream) {
-  const int64_t blocks = (c.zero16 + 255) / 256, most = 16 * multiprocessors();
-  const dim3 grid(static_cast<unsigned>(blocks < most ? blocks : most));
-  return launch(attention_bwd_zeros, grid, 256, 0, stream, c);
-}
-int attention_bwd_finish(const AttentionBwd& c, void* stream) {
-  return c.p.a.q.dtype == FASTTX_BF16 ? finish<bf16>(c, stream) : finish<f16>(c, stream);
 }
 
 }  // namespace fasttx

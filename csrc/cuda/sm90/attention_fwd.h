@@ -25,7 +25,8 @@ struct ForwardSm90 {
   int hides;    // whether a loaded key can be hidden from a query
 };
 
-enum Variant { PLAIN, BIASED, DROPPED };  // DROPPED: dropout, and perhaps a bias
+// DROPPED: dropout, and perhaps a bias; of 256 columns a bias alone too.
+enum Variant { PLAIN, BIASED, DROPPED };
 
 // A thread of the consumers holds S, P and O: that bounds the tiles.
 template <int D, Variant VARIANT>
@@ -248,7 +249,7 @@ struct Consumer {
         }
       rows.sum[h] = fmaf(rows.sum[h], rows.decay[h], sum);
     }
-    if constexpr (VARIANT == DROPPED) {
+    if (VARIANT == DROPPED && p.dropout.threshold) {
 #pragma unroll
       for (int n = 0; n < COLUMNS; n += 4) {
         KeepRows<4> keep;
@@ -415,9 +416,9 @@ struct Consumer {
       }
     } else if (careful) {
       for (int r = 0; r < 16 && mine + r < at.S; r++)
-        careful_out<T>(f.p, at.sequence, at.head, mine + r,
-                       __shfl_sync(~0u, r < 8 ? rows.top[0] : rows.top[1], r % 8 * 4),
-                       __shfl_sync(~0u, r < 8 ? rows.sum[0] : rows.sum[1], r % 8 * 4));
+        careful_out(f.p, at.sequence, at.head, mine + r,
+                    __shfl_sync(~0u, r < 8 ? rows.top[0] : rows.top[1], r % 8 * 4),
+                    __shfl_sync(~0u, r < 8 ? rows.sum[0] : rows.sum[1], r % 8 * 4));
     } else {
       store_rows(me, at, [&](int r, int c) {
         const void* eight = shared + L::OUT + at_heads<L::ROWS>(r, c / 8 * 8);
@@ -505,9 +506,10 @@ int start_forward(const Attention& p, void* stream) {
   const bool drops = p.dropout.threshold != 0, plain = is_plain(p);
   const auto choose = [&](auto size) {
     constexpr int D = decltype(size)::value;
-    return drops   ? start_forward<T, D, DROPPED>(p, stream)
-           : plain ? start_forward<T, D, PLAIN>(p, stream)
-                   : start_forward<T, D, BIASED>(p, stream);
+    if (plain && !drops) return start_forward<T, D, PLAIN>(p, stream);
+    if constexpr (D <= 128)
+      if (!drops) return start_forward<T, D, BIASED>(p, stream);
+    return start_forward<T, D, DROPPED>(p, stream);
   };
   const int D = max(p.D, p.Dv);
   return D <= 64    ? choose(std::integral_constant<int, 64>())

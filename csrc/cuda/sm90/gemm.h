@@ -23,6 +23,8 @@ struct Shape {
   static constexpr int A = ROWS * STEP * 2, STAGE = A + COLUMNS * STEP * 2;
   static constexpr int STAGES = RING / STAGE;
   static constexpr size_t BYTES = BARRIERS + 2 * STAGES * 8;
+  static FASTTX_DEVICE uint32_t full(uint32_t bars, uint32_t s) { return bars + 8 * s; }
+  static FASTTX_DEVICE uint32_t empty(uint32_t bars, uint32_t s) { return bars + 8 * (STAGES + s); }
 };
 
 struct Problem {
@@ -31,9 +33,9 @@ struct Problem {
   int64_t tiles;
 };
 
-template <int TRANSPOSED>
-FASTTX_DEVICE void fetch(uint32_t to, const TensorMap* map, uint32_t full, int outer, int k) {
-  tma_load(to, map, full, TRANSPOSED ? outer : k, TRANSPOSED ? k : outer);
+FASTTX_DEVICE void fetch(uint32_t to, const TensorMap* map, uint32_t full, int transposed,
+                         int outer, int k) {
+  tma_load(to, map, full, transposed ? outer : k, transposed ? k : outer);
 }
 
 // Boxes lie one after the other: rows on rows or, transposed, slabs of columns.
@@ -42,19 +44,43 @@ FASTTX_DEVICE uint64_t matrix(uint32_t tile, int outer, int k) {
   return TRANSPOSED ? along_rows<STEP>(tile, k, outer) : along_columns<OUTER>(tile, outer, k);
 }
 
+// d = the steps of a tile, by a warpgroup's rows from `row` on; at: stages of the ring so far. A
+// stage is given back when the next one's products are under way.
 template <class T, int TA, int TB, int COLUMNS>
+FASTTX_DEVICE void multiply(const Tile& t, uint32_t base, uint32_t bars, int row, int lane,
+                            uint32_t& at, float (&d)[Shape<COLUMNS>::BLOCKS][COLUMNS / 2]) {
+  using S = Shape<COLUMNS>;
+#pragma unroll 1
+  for (int step = t.begin; step < t.end; step++, at++) {
+    const uint32_t s = at % S::STAGES, a = base + s * S::STAGE, b = a + S::A;
+    mbarrier_wait(S::full(bars, s), at / S::STAGES & 1);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < STEP; k += 16)
+#pragma unroll
+      for (int i = 0; i < S::BLOCKS; i++)
+        Wgmma<T, COLUMNS>::template ss<TA, TB>(d[i], matrix<TA, ROWS>(a, row + i * 64, k),
+                                               matrix<TB, COLUMNS>(b, 0, k),
+                                               step > t.begin || k > 0);
+    wgmma_commit();
+    if (step > t.begin) {
+      wgmma_wait<1>();
+      if (lane == 0) mbarrier_arrive(S::empty(bars, (at - 1) % S::STAGES));
+    }
+  }
+}
+
+template <class T, int COLUMNS>
 __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Problem p) {
   using S = Shape<COLUMNS>;
   FASTTX_SHARED(shared);
   const Gemm& g = p.g;
   const uint32_t base = shared_address(shared), bars = base + BARRIERS;
-  auto full = [&](uint32_t s) { return bars + 8 * s; };
-  auto empty = [&](uint32_t s) { return bars + 8 * (S::STAGES + s); };
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     for (int s = 0; s < S::STAGES; s++) {
-      mbarrier_init(full(s), 1);
-      mbarrier_init(empty(s), S::SHARED ? 8 : 4);  // the warps whose tile it is
+      mbarrier_init(S::full(bars, s), 1);
+      mbarrier_init(S::empty(bars, s), S::SHARED ? 8 : 4);  // the warps whose tile it is
     }
     mbarrier_fence_init();
   }
@@ -70,16 +96,16 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
       for (int step = t.begin; step < t.end; step++, at++) {
         const uint32_t s = at % S::STAGES, a = base + s * S::STAGE, b = a + S::A;
         const int second = step >= each, k = (step - second * each) * STEP;
-        mbarrier_wait(empty(s), (at / S::STAGES & 1) ^ 1);
-        mbarrier_arrive_expect(full(s), S::STAGE);
+        mbarrier_wait(S::empty(bars, s), (at / S::STAGES & 1) ^ 1);
+        mbarrier_arrive_expect(S::full(bars, s), S::STAGE);
 #pragma unroll
         for (int i = 0; i < ROWS / SLAB; i++)
-          fetch<TA>(a + i * BOX, &p.a[second], full(s), t.m + i * SLAB, k);
+          fetch(a + i * BOX, &p.a[second], S::full(bars, s), g.a[0].transposed, t.m + i * SLAB, k);
 #pragma unroll
         for (int i = 0; i < COLUMNS / SLAB; i++) {
           const bool gate = g.gated && i >= COLUMNS / SLAB / 2;
-          fetch<TB>(b + i * BOX, &p.b[gate ? 1 : second], full(s),
-                    t.n + (gate ? i - COLUMNS / SLAB / 2 : i) * SLAB, k);
+          fetch(b + i * BOX, &p.b[gate ? 1 : second], S::full(bars, s), g.b[0].transposed,
+                t.n + (gate ? i - COLUMNS / SLAB / 2 : i) * SLAB, k);
         }
       }
     }
@@ -103,27 +129,15 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
     const int row = S::SHARED ? group * 64 : 0;
     float d[S::BLOCKS][COLUMNS / 2];
     if (!S::SHARED) barrier_sync(order(group), 256);
-#pragma unroll 1
-    for (int step = t.begin; step < t.end; step++, at++) {
-      const uint32_t s = at % S::STAGES, a = base + s * S::STAGE, b = a + S::A;
-      mbarrier_wait(full(s), at / S::STAGES & 1);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < STEP; k += 16)
-#pragma unroll
-        for (int i = 0; i < S::BLOCKS; i++)
-          Wgmma<T, COLUMNS>::template ss<TA, TB>(d[i], matrix<TA, ROWS>(a, row + i * 64, k),
-                                                 matrix<TB, COLUMNS>(b, 0, k),
-                                                 step > t.begin || k > 0);
-      wgmma_commit();
-      if (step > t.begin) {
-        wgmma_wait<1>();
-        if (lane == 0) mbarrier_arrive(empty((at - 1) % S::STAGES));
-      }
-    }
+    if (g.a[0].transposed)
+      multiply<T, 1, 1, COLUMNS>(t, base, bars, row, lane, at, d);
+    else if (g.b[0].transposed)
+      multiply<T, 0, 1, COLUMNS>(t, base, bars, row, lane, at, d);
+    else
+      multiply<T, 0, 0, COLUMNS>(t, base, bars, row, lane, at, d);
     if (!S::SHARED && index + gridDim.x < p.tiles) barrier_arrive(order(group ^ 1), 256);
     wgmma_wait<0>();
-    if (lane == 0) mbarrier_arrive(empty((at - 1) % S::STAGES));
+    if (lane == 0) mbarrier_arrive(S::empty(bars, (at - 1) % S::STAGES));
 #pragma unroll
     for (int i = 0; i < S::BLOCKS; i++) wgmma_hold(d[i]);
 
@@ -172,11 +186,8 @@ int launch(const Gemm& g, void* stream) {
     if ((has_a && !make_map(&p.a[i], g, g.a[i])) || (has_b && !make_map(&p.b[i], g, g.b[i])))
       return NO_TENSOR_MAP;
   }
-  const auto kernel = g.a[0].transposed   ? gemm<T, 1, 1, COLUMNS>
-                      : g.b[0].transposed ? gemm<T, 0, 1, COLUMNS>
-                                          : gemm<T, 0, 0, COLUMNS>;
   const int64_t blocks = p.tiles < multiprocessors() ? p.tiles : multiprocessors();
-  return fasttx::launch(kernel, dim3(static_cast<unsigned>(blocks)), THREADS,
+  return fasttx::launch(gemm<T, COLUMNS>, dim3(static_cast<unsigned>(blocks)), THREADS,
                         Shape<COLUMNS>::BYTES, stream, p);
 }
 

@@ -28,21 +28,23 @@ FASTTX_DEVICE bool keeps(const Attention& p, Key key, const Place& at, int i, in
   return keep_bits(p.dropout, key, j / 8, i, at.head, at.sequence) >> j % 8 & 1;
 }
 
-// Elements lane, lane + 32, .. of a row of at most 256, 0 beyond `width`.
-template <class T>
-FASTTX_DEVICE void load_lanes(float (&x)[8], const T* row, int64_t step, int width) {
+// Elements lane, lane + 32, .. of a row of at most 256 of a head's tensor, 0 beyond `width`.
+FASTTX_DEVICE void load_lanes(float (&x)[8], const fasttx_tensor& t, int batch, int head, int row,
+                              int width) {
+  const auto* from = static_cast<const uint16_t*>(t.data) + rows_of(t, batch, head, row);
 #pragma unroll
   for (int c = 0; c < 8; c++) {
     const int d = threadIdx.x % 32 + 32 * c;
-    x[c] = d < width ? to_float(load(row + d * step)) : 0.0f;
+    x[c] = d < width ? unpack1(load(from + d * t.strides[3]), t.dtype) : 0.0f;
   }
 }
-template <class T>
-FASTTX_DEVICE void store_lanes(T* row, int64_t step, int width, const float (&x)[8], float factor) {
+FASTTX_DEVICE void store_lanes(const fasttx_tensor& t, int batch, int head, int row, int width,
+                               const float (&x)[8], float factor) {
+  auto* to = static_cast<uint16_t*>(t.data) + rows_of(t, batch, head, row);
 #pragma unroll
   for (int c = 0; c < 8; c++) {
     const int d = threadIdx.x % 32 + 32 * c;
-    if (d < width) store(row + d * step, from_float<T>(x[c] * factor));
+    if (d < width) store(to + d * t.strides[3], pack1(x[c] * factor, t.dtype));
   }
 }
 FASTTX_DEVICE float dot_lanes(const float (&x)[8], const float (&y)[8]) {
@@ -56,32 +58,24 @@ FASTTX_DEVICE void add_lanes(float (&sum)[8], float factor, const float (&x)[8])
   for (int c = 0; c < 8; c++) sum[c] += factor * x[c];
 }
 
-// Row i of a head's tensor.
-template <class T>
-FASTTX_DEVICE T* row_at(const fasttx_tensor& t, int batch, int head, int row) {
-  return static_cast<T*>(t.data) + rows_of(t, batch, head, row);
-}
-
 // out of row i of a head, from its statistics in units of log2(e).
-template <class T>
-FASTTX_RARE void careful_out(const Attention& p, int sequence, int head, int i, float peak,
-                             float log_total) {
+FASTTX_RARE inline void careful_out(const Attention& p, int sequence, int head, int i, float peak,
+                                    float log_total) {
   const Place at = place_of(p, sequence, head);
   const fasttx_attention& a = p.a;
   const Bias b = make_bias(p, at);
   const Key key = load_key(p.dropout);
   float q[8], k[8], sum[8] = {}, bend;
-  load_lanes(q, row_at<const T>(a.q, at.batch, at.head, at.row0 + i), 1, p.D);
+  load_lanes(q, a.q, at.batch, at.head, at.row0 + i, p.D);
   const Range keys = visible_keys(at, i, 1);
   for (int j = keys.begin; j < keys.end; j++) {
-    load_lanes(k, row_at<const T>(a.k, at.batch, at.kv_head, at.key0 + j), 1, p.D);
+    load_lanes(k, a.k, at.batch, at.kv_head, at.key0 + j, p.D);
     const float x = logit_of(p, b, at, dot_lanes(q, k), i, j, bend);
     if (x == -INFINITY || (p.dropout.threshold && !keeps(p, key, at, i, j))) continue;
-    load_lanes(k, row_at<const T>(a.v, at.batch, at.kv_head, at.key0 + j), 1, p.Dv);
+    load_lanes(k, a.v, at.batch, at.kv_head, at.key0 + j, p.Dv);
     add_lanes(sum, exp2_approx(x - peak - log_total), k);
   }
-  store_lanes(row_at<T>(a.out, at.batch, at.head, at.row0 + i), a.out.strides[3], p.Dv, sum,
-              p.dropout.scale);
+  store_lanes(a.out, at.batch, at.head, at.row0 + i, p.Dv, sum, p.dropout.scale);
 }
 
 }  // namespace fasttx

@@ -28,54 +28,46 @@ FASTTX_DEVICE bool careful_pair(const Attention& p, const Bias& b, Key key, cons
 }
 
 // dq of row i.
-template <class T>
 FASTTX_DEVICE void careful_dq(const Attention& p, int sequence, int head, int i) {
   const Place at = place_of(p, sequence, head);
   const fasttx_attention& a = p.a;
   const Bias b = make_bias(p, at);
   const Key key = load_key(p.dropout);
   float q[8], dout[8], k[8], v[8], sum[8] = {};
-  load_lanes(q, row_at<const T>(a.q, at.batch, at.head, at.row0 + i), 1, p.D);
-  load_lanes(dout, row_at<const T>(a.dout, at.batch, at.head, at.row0 + i), a.dout.strides[3],
-             p.Dv);
+  load_lanes(q, a.q, at.batch, at.head, at.row0 + i, p.D);
+  load_lanes(dout, a.dout, at.batch, at.head, at.row0 + i, p.Dv);
   const Range keys = visible_keys(at, i, 1);
   for (int j = keys.begin; j < keys.end; j++) {
-    load_lanes(k, row_at<const T>(a.k, at.batch, at.kv_head, at.key0 + j), 1, p.D);
-    load_lanes(v, row_at<const T>(a.v, at.batch, at.kv_head, at.key0 + j), 1, p.Dv);
+    load_lanes(k, a.k, at.batch, at.kv_head, at.key0 + j, p.D);
+    load_lanes(v, a.v, at.batch, at.kv_head, at.key0 + j, p.Dv);
     CarefulPair pair;
     if (careful_pair(p, b, key, at, q, dout, k, v, i, j, pair)) add_lanes(sum, pair.ds, k);
   }
-  store_lanes(row_at<T>(a.dq, at.batch, at.head, at.row0 + i), a.dq.strides[3], p.D, sum,
-              p.grad_scale);
+  store_lanes(a.dq, at.batch, at.head, at.row0 + i, p.D, sum, p.grad_scale);
 }
 
 // dk and dv of key j, where needed.
-template <class T>
 FASTTX_DEVICE void careful_key(const Attention& p, int sequence, int kv_head, int j) {
   const fasttx_attention& a = p.a;
   const Key key = load_key(p.dropout);
   Place at = place_of(p, sequence, kv_head * p.group);
   float q[8], dout[8], k[8], v[8], dk[8] = {}, dv[8] = {};
-  load_lanes(k, row_at<const T>(a.k, at.batch, kv_head, at.key0 + j), 1, p.D);
-  load_lanes(v, row_at<const T>(a.v, at.batch, kv_head, at.key0 + j), 1, p.Dv);
+  load_lanes(k, a.k, at.batch, kv_head, at.key0 + j, p.D);
+  load_lanes(v, a.v, at.batch, kv_head, at.key0 + j, p.Dv);
   const Range rows = visible_queries(at, j, 1);
   for (; at.head < (kv_head + 1) * p.group; at.head++) {
     const Bias b = make_bias(p, at);
     for (int i = rows.begin; i < rows.end; i++) {
-      load_lanes(q, row_at<const T>(a.q, at.batch, at.head, at.row0 + i), 1, p.D);
-      load_lanes(dout, row_at<const T>(a.dout, at.batch, at.head, at.row0 + i), a.dout.strides[3],
-                 p.Dv);
+      load_lanes(q, a.q, at.batch, at.head, at.row0 + i, p.D);
+      load_lanes(dout, a.dout, at.batch, at.head, at.row0 + i, p.Dv);
       CarefulPair pair;
       if (!careful_pair(p, b, key, at, q, dout, k, v, i, j, pair)) continue;
       add_lanes(dk, pair.ds, q);
       if (!p.dropout.threshold || keeps(p, key, at, i, j)) add_lanes(dv, pair.p, dout);
     }
   }
-  if (a.need & 2)
-    store_lanes(row_at<T>(a.dk, at.batch, kv_head, at.key0 + j), a.dk.strides[3], p.D, dk,
-                p.grad_scale);
-  if (a.need & 4)
-    store_lanes(row_at<T>(a.dv, at.batch, kv_head, at.key0 + j), a.dv.strides[3], p.Dv, dv, 1.0f);
+  if (a.need & 2) store_lanes(a.dk, at.batch, kv_head, at.key0 + j, p.D, dk, p.grad_scale);
+  if (a.need & 4) store_lanes(a.dv, at.batch, kv_head, at.key0 + j, p.Dv, dv, 1.0f);
 }
 
 }  // namespace fasttx

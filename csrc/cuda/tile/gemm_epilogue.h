@@ -75,7 +75,7 @@ FASTTX_DEVICE void scale_and_bias(float scale, const Panel& bias, int n, int liv
   for (int i = 0; i < 8; i++) v[i] *= scale;
   if (!bias.data) return;
   float more[8];
-  load_panel<T>(bias, 0, n, live, more);
+  load_panel(bias, dtype_of<T>, 0, n, live, more);
 #pragma unroll
   for (int i = 0; i < 8; i++) v[i] += more[i];
 }
@@ -86,11 +86,11 @@ FASTTX_DEVICE void finish_forward(const Gemm& g, Key key, int m, int n, int live
   const Epilogue& e = g.e;
   float other[8];
   scale_and_bias<T>(e.scale, e.bias, n, live, v);
-  if (e.pre.data) store_panel<T>(e.pre, m, n, live, v);
+  if (e.pre.data) store_panel(e.pre, dtype_of<T>, m, n, live, v);
   activate<false>(e.activation, v, other);
   if (g.gated) {
     scale_and_bias<T>(e.scale, e.gate_bias, n, live, gate);
-    if (e.pre_gate.data) store_panel<T>(e.pre_gate, m, n, live, gate);
+    if (e.pre_gate.data) store_panel(e.pre_gate, dtype_of<T>, m, n, live, gate);
 #pragma unroll
     for (int i = 0; i < 8; i++) v[i] *= gate[i];
   }
@@ -100,11 +100,11 @@ FASTTX_DEVICE void finish_forward(const Gemm& g, Key key, int m, int n, int live
     for (int i = 0; i < 8; i++) v[i] = kept >> i & 1 ? v[i] * e.dropout.scale : 0.0f;
   }
   if (e.residual.data) {
-    load_panel<T>(e.residual, m, n, live, other);
+    load_panel(e.residual, dtype_of<T>, m, n, live, other);
 #pragma unroll
     for (int i = 0; i < 8; i++) v[i] += other[i];
   }
-  if (e.out.data) store_panel<T>(e.out, m, n, live, v);
+  if (e.out.data) store_panel(e.out, dtype_of<T>, m, n, live, v);
 }
 
 template <class T>
@@ -115,12 +115,12 @@ FASTTX_DEVICE void finish_backward(const Gemm& g, Key key, int m, int n, int liv
       e.dropout.threshold ? keep_bits(e.dropout, key, n / 8, m, e.place) : 0xffu;
   const float scale = e.dropout.threshold ? e.dropout.scale : 1.0f;
   float value[8], slope[8], gate[8];
-  load_panel<T>(e.pre, m, n, live, value);
+  load_panel(e.pre, dtype_of<T>, m, n, live, value);
   activate<true>(e.activation, value, slope);
 #pragma unroll
   for (int i = 0; i < 8; i++) v[i] = kept >> i & 1 ? v[i] * e.scale * scale : 0.0f;
   if (e.pre_gate.data) {
-    load_panel<T>(e.pre_gate, m, n, live, gate);
+    load_panel(e.pre_gate, dtype_of<T>, m, n, live, gate);
     float beside[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
@@ -129,7 +129,7 @@ FASTTX_DEVICE void finish_backward(const Gemm& g, Key key, int m, int n, int liv
       slope[i] *= gate[i];
       value[i] *= gate[i];
     }
-    if (e.dgate.data) store_panel<T>(e.dgate, m, n, live, beside);
+    if (e.dgate.data) store_panel(e.dgate, dtype_of<T>, m, n, live, beside);
   }
 #pragma unroll
   for (int i = 0; i < 8; i++) {
@@ -137,8 +137,8 @@ FASTTX_DEVICE void finish_backward(const Gemm& g, Key key, int m, int n, int liv
     sums.dpre[i] += v[i];
     value[i] = kept >> i & 1 ? value[i] * scale : 0.0f;
   }
-  if (e.dpre.data) store_panel<T>(e.dpre, m, n, live, v);
-  if (e.h.data) store_panel<T>(e.h, m, n, live, value);
+  if (e.dpre.data) store_panel(e.dpre, dtype_of<T>, m, n, live, v);
+  if (e.h.data) store_panel(e.h, dtype_of<T>, m, n, live, value);
 }
 
 FASTTX_DEVICE void store_part(const Gemm& g, int part, int m, int n, int live, float (&v)[8]) {

@@ -6,28 +6,27 @@
 namespace fasttx {
 
 // Zeros beyond the first `live`.
-template <class T>
-FASTTX_DEVICE void load_panel(const Panel& p, int64_t m, int64_t n, int live, float (&v)[8]) {
-  const T* at = static_cast<const T*>(p.data) + m * p.row + n * p.column;
+FASTTX_DEVICE void load_panel(const Panel& p, int dtype, int64_t m, int64_t n, int live,
+                              float (&v)[8]) {
+  const auto* at = static_cast<const uint16_t*>(p.data) + m * p.row + n * p.column;
   if (p.by_eight && live == 8) {
-    unpack8<T>(load16(at), v);
+    unpack8(load16(at), dtype, v);
     return;
   }
 #pragma unroll
-  for (int i = 0; i < 8; i++) v[i] = i < live ? to_float(load(at + i * p.column)) : 0.0f;
+  for (int i = 0; i < 8; i++) v[i] = i < live ? load1(at, dtype, i * p.column) : 0.0f;
 }
 
-template <class T>
-FASTTX_DEVICE void store_panel(const Panel& p, int64_t m, int64_t n, int live,
+FASTTX_DEVICE void store_panel(const Panel& p, int dtype, int64_t m, int64_t n, int live,
                                const float (&v)[8]) {
-  T* at = static_cast<T*>(p.data) + m * p.row + n * p.column;
+  auto* at = static_cast<uint16_t*>(p.data) + m * p.row + n * p.column;
   if (p.by_eight && live == 8) {
-    store16(at, pack8<T>(v));
+    store16(at, pack8(v, dtype));
     return;
   }
 #pragma unroll
   for (int i = 0; i < 8; i++)
-    if (i < live) store(at + i * p.column, from_float<T>(v[i]));
+    if (i < live) store1(at, dtype, i * p.column, v[i]);
 }
 
 }  // namespace fasttx

@@ -1,9 +1,9 @@
 // The gradient of a mask with both axes: a block holds a tile of it and adds the pairs (batch,
 // head) that share it, in order.
-#pragma once
 #include "cuda/sm80/attention_bwd.h"
 
 namespace fasttx {
+namespace {
 
 template <int D_>
 struct MaskShape {
@@ -18,7 +18,7 @@ struct MaskGradient {
   int row_tiles, key_tiles;
 };
 
-template <class T, class F>
+template <class F>
 __global__ void __launch_bounds__(F::THREADS)
     attention_bwd_mask(const __grid_constant__ MaskGradient f) {
   constexpr int D = F::D, N = F::N;
@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(F::THREADS)
   auto get = [&](auto rows, int offset, const fasttx_tensor& t, int b, int h, int first, int limit,
                  int width) {
     fetch<decltype(rows)::value, D, F::THREADS>(
-        base + offset, static_cast<const T*>(t.data) + rows_of(t, b, h, 0), t.strides[2], first,
-        limit, width, thread);
+        base + offset, static_cast<const uint16_t*>(t.data) + rows_of(t, b, h, 0), t.strides[2],
+        first, limit, width, thread);
   };
   float sum[N][4] = {};
   for (int b = batch; b < end_batch; b++)
@@ -59,8 +59,14 @@ __global__ void __launch_bounds__(F::THREADS)
       cp_async_wait<0>();
       __syncthreads();
       float s[1][N][4] = {}, dp[1][N][4] = {};
-      multiply_rows<T, D>(s, base + F::Q, own, base + F::K);
-      multiply_rows<T, D>(dp, base + F::DOUT, own, base + F::V);
+      auto multiply = [&](auto type) {
+        multiply_rows<decltype(type), D>(s, base + F::Q, own, base + F::K);
+        multiply_rows<decltype(type), D>(dp, base + F::DOUT, own, base + F::V);
+      };
+      if (a.q.dtype == FASTTX_BF16)
+        multiply(bf16());
+      else
+        multiply(f16());
       KeepRows<N> keep;
       if (p.dropout.threshold)
         keep.make(p.dropout, load_key(p.dropout), i0 + row, j0, at.head, at.sequence);
@@ -86,27 +92,28 @@ __global__ void __launch_bounds__(F::THREADS)
       const int i = i0 + row + 8 * (e / 2), j = j0 + column + 8 * x + e % 2;
       if (i < p.S && j < p.T)
         store1(to.data, to.dtype,
-               batch * to.strides[0] + head * to.strides[1] + i * to.strides[2] +
-                   j * to.strides[3],
+               batch * to.strides[0] + head * to.strides[1] + i * to.strides[2] + j * to.strides[3],
                sum[x][e]);
     }
 }
 
-template <class T, int D>
-int launch_backward_mask(const Attention& p, void* stream) {
+template <int D>
+int launch_mask(const Attention& p, void* stream) {
   using F = MaskShape<D>;
   const MaskGradient f = {p, (p.S + F::ROWS - 1) / F::ROWS, (p.T + F::KEYS - 1) / F::KEYS};
   const int64_t blocks =
       int64_t{f.row_tiles} * f.key_tiles * p.a.dmask.sizes[0] * p.a.dmask.sizes[1];
   if (!blocks) return cudaSuccess;
-  return launch(attention_bwd_mask<T, F>, dim3(static_cast<unsigned>(blocks)), F::THREADS,
-                F::SHARED, stream, f);
+  return launch(attention_bwd_mask<F>, dim3(static_cast<unsigned>(blocks)), F::THREADS, F::SHARED,
+                stream, f);
 }
-template <class T>
-int launch_backward_mask(const Attention& p, void* stream) {
+
+}  // namespace
+
+int attention_bwd_mask_sm80(const Attention& p, void* stream) {
   const int D = p.D > p.Dv ? p.D : p.Dv;
-  if (D > 128) return launch_backward_mask<T, 256>(p, stream);
-  return D > 64 ? launch_backward_mask<T, 128>(p, stream) : launch_backward_mask<T, 64>(p, stream);
+  if (D > 128) return launch_mask<256>(p, stream);
+  return D > 64 ? launch_mask<128>(p, stream) : launch_mask<64>(p, stream);
 }
 
 }  // namespace fasttx
