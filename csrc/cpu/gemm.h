@@ -86,6 +86,10 @@ struct Total {
   bool first, last;
 };
 int multiply_into(const Term* terms, int count, int64_t I, int64_t J, const Total& total);
+// out [I][J], whose rows are contiguous and of the dtype of a and b, = sum over m of a[m][i] b[m][j], of
+// few m.
+constexpr int64_t FEW_OUTER = 4;
+int add_outer(const Operand& a, const Operand& b, int64_t M, int64_t I, int64_t J, const Operand& out);
 // total[n] = sum over m of a[m][n].
 int add_rows(const Operand& a, int64_t M, int64_t N, const Total& total);
 

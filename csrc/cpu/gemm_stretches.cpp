@@ -1,8 +1,9 @@
 // A few rows times b whose rows lie side by side (weights kept transposed): b is read as it lies, a
 // long stretch of lanes for each k, with the sums in the first level cache. Packing b first cost up to
-// three times the reading.
+// three times the reading. And sums of few outer products, written as they lie, a row after the other.
 #include "cpu/gemm.h"
 #include "cpu/parallel.h"
+#include "cpu/stream.h"
 
 namespace fasttx::FASTTX_ISA {
 namespace {
@@ -59,7 +60,53 @@ Broadcast wide_rows(const Operand& a, int64_t I, int64_t K, float* memory) {
   return {memory, K};
 }
 
+// out [J] = sum over m of a[m] b[m * J + j].
+template <class T, bool STREAM>
+FASTTX_NOINLINE void outer_row(T* out, const float* a, const float* b, int64_t M, int64_t J) {
+  int64_t j = 0;
+  for (; j + 4 * W <= J; j += 4 * W) {
+    vf c[4] = {};
+    for (int64_t m = 0; m < M; m++) {
+      const vf x = set1(a[m]);
+      FASTTX_UNROLL(4)
+      for (int u = 0; u < 4; u++) c[u] = fma(x, load(b + m * J + j + u * W), c[u]);
+    }
+    store_two<STREAM, true>(out + j, c[0], c[1]);
+    store_two<STREAM, true>(out + j + 2 * W, c[2], c[3]);
+  }
+  for (; j < J; j += W) {
+    const int here = (int)min64(W, J - j);
+    vf c = {};
+    for (int64_t m = 0; m < M; m++) c = fma(set1(a[m]), load_partial(b + m * J + j, here), c);
+    store_partial(out + j, c, here);
+  }
+}
+
 }  // namespace
+
+int add_outer(const Operand& a, const Operand& b, int64_t M, int64_t I, int64_t J, const Operand& out) {
+  float* memory = (float*)scratch(SCRATCH_SHARED, M * (I + J) * 4 + 64);
+  if (!memory) return FASTTX_NO_MEMORY;
+  const Broadcast x = wide_rows(b, M, J, memory);
+  float* y = memory + M * J;
+  with_type(out.dtype, [&](auto t) {
+    typedef decltype(t) T;
+    for (int64_t i = 0; i < I; i++)
+      for (int64_t m = 0; m < M; m++) y[i * M + m] = to_float(*element<const T>(a, m, i));
+    const int64_t edges = ((int64_t)out.data | out.row * (int64_t)sizeof(T)) % 64;
+    const bool past_cache = FASTTX_AVX512 && edges == 0 && I * J * (int64_t)sizeof(T) >= cache_bytes();
+    const int64_t together = max64(1, 65536 / J);
+    parallel_items((I + together - 1) / together, num_workers(), [&](int64_t, int64_t item) {
+      for (int64_t i = item * together; i < min64(I, (item + 1) * together); i++) {
+        T* row = element<T>(out, i, 0);
+        if (past_cache) outer_row<T, true>(row, y + i * M, x.data, M, J);
+        else outer_row<T, false>(row, y + i * M, x.data, M, J);
+      }
+      if (past_cache) end_of_stream();
+    });
+  });
+  return FASTTX_OK;
+}
 
 int multiply_stretches(const Term& term, int64_t I, int64_t J, Epilogue epilogue, void* context) {
   const int64_t K = term.K;

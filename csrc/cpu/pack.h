@@ -89,7 +89,10 @@ inline void pack_rows(const E* src, int64_t row_stride, int64_t column_stride, i
 inline void copy_rows(const bf16* src, int64_t row_stride, int64_t column_stride, int64_t rows,
                       int64_t D, int64_t width, bf16* out) {
   for (int64_t r = 0; r < rows; r++) {
-    for (int64_t d = 0; d < D; d++) out[r * width + d] = src[r * row_stride + d * column_stride];
+    if (column_stride == 1)
+      __builtin_memcpy(out + r * width, src + r * row_stride, D * sizeof(bf16));
+    else
+      for (int64_t d = 0; d < D; d++) out[r * width + d] = src[r * row_stride + d * column_stride];
     for (int64_t d = D; d < width; d++) out[r * width + d].bits = 0;
   }
 }

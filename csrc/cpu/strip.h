@@ -3,6 +3,7 @@
 #pragma once
 #include "cpu/activation.h"
 #include "cpu/gemm.h"
+#include "cpu/pages.h"
 #include "cpu/philox.h"
 
 namespace fasttx::FASTTX_ISA {
@@ -149,14 +150,21 @@ struct Gradient {
   }
   // a [M][I] and b [M][J] of a chunk.
   int add(const Operand& a, const Operand& b, int64_t M, bool first, bool last) const {
-    const Term term = {transposed(swapped ? b : a), transposed(swapped ? a : b), M};
+    const Operand &rows = swapped ? b : a, &columns = swapped ? a : b;
     const int64_t I = out.sizes[swapped], J = out.sizes[!swapped];
+    if (M <= FEW_OUTER && first && last && J > 0 && out.strides[!swapped] == 1)
+      return add_outer(rows, columns, M, I, J,
+                       {out.data, out.dtype, out.strides[swapped], out.strides[!swapped]});
+    const Term term = {transposed(rows), transposed(columns), M};
     const Total total = {out.data, out.dtype, out.strides[swapped], out.strides[!swapped],
                          sum,      first,     last};
     return multiply_into(&term, 1, I, J, total);
   }
 };
 inline Gradient gradient(const fasttx_tensor& out) {
+  const int64_t size = out.dtype == FASTTX_F32 ? 4 : 2, count = out.sizes[0] * out.sizes[1];
+  if (count && max64(out.sizes[0] * out.strides[0], out.sizes[1] * out.strides[1]) == count)
+    prefer_large_pages(out.data, count * size);
   return {out, out.strides[1] != 1 && out.strides[0] == 1, (float*)out.data};
 }
 

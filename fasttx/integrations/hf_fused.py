@@ -131,9 +131,9 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def _pays(x: Tensor, weights: list[nn.Module]) -> bool:
-    """Whether fasttx's products and what is fused to them beat torch's: on a CPU. Forward 1.0 to 2.8
-    times as fast; a step of 64 to 4096 rows of 768 x 3072 2.0 to 2.8 times in float32, 1.0 to 1.3
-    times in bfloat16 (1.7 with GPT-2's gelu), 40 times in float16. Zen 5, one thread."""
+    """Whether fasttx's products and what is fused to them beat torch's: on a CPU. Forward 1.0 to
+    2.8 times as fast; a step of 64 to 4096 rows of 768 x 3072 2.0 to 2.8 times in float32, 1.0 to
+    1.3 times in bfloat16 (1.7 with GPT-2's gelu), 40 times in float16. Zen 5, one thread."""
     if x.device.type != "cpu":
         return False
     return torch.is_autocast_enabled("cpu") or all(m.weight.dtype is x.dtype for m in weights)

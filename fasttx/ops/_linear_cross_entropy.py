@@ -4,12 +4,14 @@ Rows: logits of a chunk, their statistics and loss, then in their place their gr
 dx, which is whole, and the chunk's part of dweight and dbias, summed in float32. For 16-bit weights
 of several chunks that sum would need memory as large as float32 weights: there the logits of all
 rows are computed once more a slice of classes at a time, whose dweight and dbias are whole.
+On the CPU `_linear_cross_entropy_classes.py` walks otherwise, without that fourth product.
 """
 
 import torch
 from torch import Tensor
 
 from ..reference.linear_cross_entropy import headroom
+from . import _linear_cross_entropy_classes as by_classes
 from .cross_entropy import cross_entropy_fwd
 
 
@@ -92,6 +94,11 @@ class _Walk:
         )  # fmt: skip
 
     def run(self, loss, dloss, dx, dweight, dbias) -> None:
+        if by_classes.fits(self):
+            losses = by_classes.run(self, dloss, dx, dweight, dbias)
+            if loss is not None:
+                self._reduce(losses, loss)
+            return
         V, n, need = self.weight.shape[0], self.n, self.need
         several = n > self.rows
         narrow = self.x.element_size() == 2

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import fasttx
 from fasttx.ops import _linear_cross_entropy as walk
+from fasttx.ops import _linear_cross_entropy_classes as classes
 from fasttx.ops.linear_cross_entropy import linear_cross_entropy_slope
 from fasttx.testing import check, guarded_outputs, recorded_calls
 from tests.ops.contract import BACKENDS, DTYPES, backend_fixture, parameter, skip_unusable
@@ -27,6 +28,13 @@ backend = backend_fixture("linear_cross_entropy_fwd")
 def small_chunks(monkeypatch):
     """Three rows a chunk, so that small problems take several."""
     monkeypatch.setattr(walk, "_budget", lambda rows, V: 3 * V * 4)
+
+
+@pytest.fixture
+def by_classes(monkeypatch, small_chunks):
+    """The CPU's walk over classes, however few the rows."""
+    skip_unusable("linear_cross_entropy_fwd", "cpu")
+    monkeypatch.setattr(classes, "ROWS", 1)
 
 
 def problem(rows, V, K, ignored=0.2):
@@ -70,7 +78,24 @@ def _selected():
 @pytest.mark.parametrize(("name", "dtype", "case"), list(_selected()))
 def test_against_fp64(name, dtype, case, small_chunks):
     skip_unusable("linear_cross_entropy_fwd", name)
-    rows, V, K, options = *CASES[case][:3], dict(CASES[case][3])
+    _check_case(name, dtype, *CASES[case])
+
+
+# Several blocks of classes; more rows than columns, and fewer.
+LARGE = {
+    "blocks": ((520,), 1100, 40, {"label_smoothing": 0.1, "class_weight": True, "z_loss": 0.01}),
+    "columns": ((67,), 530, 90, {"layouts": {"x": "sliced", "weight": "transposed"}}),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [*CASES, *LARGE])
+def test_by_classes_against_fp64(dtype, case, by_classes):
+    _check_case("cpu", dtype, *{**CASES, **LARGE}[case])
+
+
+def _check_case(backend, dtype, rows, V, K, options):
+    options = dict(options)
     inputs, target = problem(rows, V, K)
     if not options.pop("bias", True):
         del inputs["bias"]
@@ -79,7 +104,7 @@ def test_against_fp64(name, dtype, case, small_chunks):
         options["class_weight"] = torch.rand(V) + 0.1
 
     def ours(**inputs):
-        return fasttx.linear_cross_entropy(target=target, **inputs, **options, backend=name)
+        return fasttx.linear_cross_entropy(target=target, **inputs, **options, backend=backend)
 
     def gold(**inputs):
         return plain(target=target, **inputs, **options)
@@ -87,10 +112,12 @@ def test_against_fp64(name, dtype, case, small_chunks):
     check(ours, gold, gold, inputs, dtype=dtype, wanted=tuple(inputs), layouts=layouts)
 
 
+@pytest.mark.parametrize("rows", [classes.ROWS, 1])
 @pytest.mark.parametrize("need", range(1, 8))
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_every_subset_of_gradients(need, dtype, small_chunks):
+def test_every_subset_of_gradients(need, dtype, rows, small_chunks, monkeypatch):
     skip_unusable("linear_cross_entropy_fwd", "cpu")
+    monkeypatch.setattr(classes, "ROWS", rows)
     inputs, target = problem((8,), 30, 6)
     wanted = tuple(n for i, n in enumerate(inputs) if need >> i & 1)
 
@@ -201,7 +228,9 @@ def test_tiny_gradients_of_fp16_survive_the_loss_scale():
         assert error < 4e-3, error
 
 
-def test_deterministic(small_chunks):
+@pytest.mark.parametrize("rows", [classes.ROWS, 1000])
+def test_deterministic(rows, small_chunks, monkeypatch):
+    monkeypatch.setattr(classes, "ROWS", rows)
     inputs, target = problem((50,), 700, 16)
     found = []
     for _ in range(2):
