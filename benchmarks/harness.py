@@ -9,6 +9,8 @@ the work runs:
 - several CPU threads: wall time, and a round in which the kernel took a core away from us
   (``ru_nivcsw``) is thrown out and counted;
 - CUDA: events around each call, with the L2 cache overwritten before it.
+
+A call with a method `measure(inner)` times itself: one in a process of its own (apart.py).
 """
 
 from __future__ import annotations
@@ -107,6 +109,7 @@ class Timing:
     clock: str
     inner: int = 1
     first_call_s: float = 0.0
+    warmup_s: float = 0.0
     samples: list[float] = field(default_factory=list)
     rejected: int = 0
     notes: list[str] = field(default_factory=list)
@@ -155,7 +158,7 @@ def interleave(
             order = names[turn:] + names[:turn]
             taken, clean = {}, True
             for name in order:
-                seconds, hit = clock.measure(calls[name], timings[name].inner)
+                seconds, hit = _measure(clock, calls[name], timings[name].inner)
                 taken[name] = seconds
                 if hit:
                     clean = False
@@ -177,6 +180,11 @@ def interleave(
             gc.enable()
     _keep_disturbed_if_needed(timings, disturbed)
     return timings
+
+
+def _measure(clock: Clock, call: Call, inner: int) -> tuple[float, bool]:
+    own = getattr(call, "measure", None)
+    return clock.measure(call, inner) if own is None else own(inner)
 
 
 def _settled(timings: Mapping[str, Timing]) -> bool:
@@ -208,7 +216,8 @@ def _warm_up(name: str, call: Call, clock: Clock) -> Timing:
     timing.first_call_s = time.perf_counter() - start
     spent = [time.thread_time(), time.process_time()]
     more = 2 if timing.first_call_s < SLOW_S else 1
-    seconds = min(clock.measure(call, 1)[0] for _ in range(more))
+    seconds = min(_measure(clock, call, 1)[0] for _ in range(more))
+    timing.warmup_s = time.perf_counter() - start
     spent = [time.thread_time() - spent[0], time.process_time() - spent[1]]
     timing.inner = max(1, min(MAX_INNER, int(MIN_SAMPLE_S / max(seconds, 1e-7)) + 1))
     if clock.name == "thread_cpu" and spent[1] > 1.25 * spent[0] + 1e-3:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from . import goals, memory, ops, report
+from . import fresh, goals, ops, report
 from .gate import Error
 from .harness import clock_for, interleave
 from .ops import attention, generic
@@ -210,7 +210,7 @@ def forced_stage(session: Session) -> None:
             command,
             env=os.environ | {"FASTTX_CPU_ISA": goals.FORCED[0].isa},
             capture_output=True, text=True, timeout=CHILD_TIMEOUT_S, check=False,
-            cwd=memory.SOURCE_ROOT,
+            cwd=fresh.SOURCE_ROOT,
         )  # fmt: skip
         if done.returncode != 0:
             session.run.skip("forced avx2", done.stderr.strip().splitlines()[-1][:300])
@@ -314,7 +314,7 @@ def memory_stage(session: Session) -> None:
         peaks = []
         for size in (small, large):
             case = replace(goal.case, queries=size, keys=size)
-            peaks.append(memory.peak(case, goal.direction, "fasttx", 1, "cpu"))
+            peaks.append(fresh.attention(case, goal.direction, "memory", "fasttx", 1, "cpu"))
         known = None not in peaks and peaks[0]
         growth = peaks[1] / peaks[0] if known else None
         matrix = goal.case.heads * large * large * goal.case.torch_dtype.itemsize

@@ -11,11 +11,27 @@ import torch
 from . import ops, providers
 from .models.families import FAMILIES
 from .models.generate import MODELS as GENERATED
+from .models.layers import LAYERS
+from .models.train import NAMES as TRAINED
 from .ops.attention_case import DIRECTIONS, DTYPES
 
-MODELS = ("bert", *FAMILIES, *GENERATED)
-KINDS = {"op": ops.names(), "model": MODELS}
-MAIN_JOB = (("attention",), ("bert",))
+MODELS = ("bert", *FAMILIES)
+KINDS = {
+    "op": ops.names(),
+    "model": MODELS,
+    "layer": tuple(LAYERS),
+    "train": TRAINED,
+    "generate": tuple(GENERATED),
+}
+# What an option of this kind is called in Options.
+FIELDS = {
+    "op": "ops",
+    "model": "models",
+    "layer": "layers",
+    "train": "training",
+    "generate": "generation",
+}
+MAIN_JOB = {"ops": ("attention",), "models": ("bert",)}
 SUITES = ("quick", "full", "musts")
 STAGES = ("ratios", "forced", "costs", "errors", "memory")
 BACKENDS = ("cpu", "triton", "reference", "torch")
@@ -32,6 +48,9 @@ class Options:
 
     ops: tuple[str, ...] = ("attention",)
     models: tuple[str, ...] = ("bert",)
+    layers: tuple[str, ...] = ()
+    training: tuple[str, ...] = ()
+    generation: tuple[str, ...] = ()
     suite: str = "quick"
     sizes: tuple[int, ...] = ()
     batch: int = 1
@@ -47,6 +66,7 @@ class Options:
     device: str = "cpu"
     budget_s: float | None = None
     memory: bool = False
+    cold: bool = False
     stages: tuple[str, ...] = ()
     csv: Path | None = None
     json: Path | None = None
@@ -67,13 +87,15 @@ def choose(what: str, given: str | None, allowed: tuple[str, ...]) -> tuple[str,
     return tuple(dict.fromkeys(split(given)))
 
 
-def targets(words: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(ops, models) of ``op attention model bert`` or just ``attention bert``.
+def targets(words: list[str]) -> dict[str, tuple[str, ...]]:
+    """Names by field of Options, of ``op attention model bert layer gpt2`` or just ``attention``.
 
-    A bare ``op`` or ``model`` means all of them; no word at all means the main job. A folder is a
-    Hugging Face model.
+    A bare kind means all of it; no word at all means the main job. A folder is a Hugging Face
+    model. A name that several kinds have is that of the first, unless its kind stands before it.
     """
-    found: dict[str, list[str]] = {"op": [], "model": []}
+    if not words:
+        return dict.fromkeys(FIELDS.values(), ()) | MAIN_JOB
+    found: dict[str, list[str]] = {kind: [] for kind in KINDS}
     kind = None
     for i, word in enumerate(words):
         if word in KINDS:
@@ -81,7 +103,7 @@ def targets(words: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
             if i + 1 == len(words) or words[i + 1] in KINDS:
                 found[kind] = list(KINDS[kind])
             continue
-        if kind != "op" and (os.sep in word or Path(word).is_dir()):
+        if kind in (None, "model") and (os.sep in word or Path(word).is_dir()):
             if not Path(word, "config.json").is_file():
                 raise UsageError(f"model folder {word!r} has no config.json")
             found["model"].append(word)
@@ -90,9 +112,7 @@ def targets(words: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         if home is None:
             raise UsageError(f"unknown {kind or 'op or model'} {word!r}: {_known(kind)}")
         found[home].append(word)
-    if not words:
-        return MAIN_JOB
-    return tuple(dict.fromkeys(found["op"])), tuple(dict.fromkeys(found["model"]))
+    return {FIELDS[kind]: tuple(dict.fromkeys(names)) for kind, names in found.items()}
 
 
 def _known(kind: str | None) -> str:

@@ -18,10 +18,10 @@ from .rows import Row, Run
 FLAT = (
     "kind", "op", "case", "direction", "provider", "label", "backend", "dtype", "device", "threads",
     "clock", "median_s", "low_s", "high_s", "samples", "rejected", "converged", "coverage",
-    "first_call_s", "compile_s", "ratio_to", "ratio", "ratio_low", "ratio_high", "best_other",
-    "ratio_best", "ratio_best_low", "ratio_best_high", "flops", "rate", "moved", "bandwidth",
-    "share", "share_of",
-    "error", "ok", "why", "peak_bytes",
+    "cold_s", "first_call_s", "warmup_s", "compile_s", "ratio_to", "ratio", "ratio_low",
+    "ratio_high", "best_other", "ratio_best", "ratio_best_low", "ratio_best_high", "flops", "rate",
+    "moved", "bandwidth", "share", "share_of", "error", "ok", "why",
+    "tokens", "tokens_per_s", "peak_bytes",
 )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def _cells(row: Row) -> list[tuple[str, str]]:
     name = row.label + (f" ({row.backend})" if row.backend else "")
     mark = {True: "green", False: "bold red", None: ""}[row.ok]
     return [
-        ("  " + name, "bold" if row.provider == "fasttx" else ""),
+        ("  " + name, "bold" if row.ours else ""),
         (seconds(row.median_s), ""),
         (spread(row), ""),
         _styled(row.ratio),
@@ -127,7 +127,9 @@ def table(rows: Iterable[Row], title: str = "", memory: bool = False) -> Text:
 def legend(run: Run) -> list[str]:
     """What the columns mean, and what must be known to read them."""
     lines = [
-        "ratio: times faster than PyTorch SDPA, paired by round; below 1.00x is slower. "
+        "ratio: times faster than the other commit, paired by round; below 1.00x is slower."
+        if any(row.ratio_to == "base" for row in run.rows)
+        else "ratio: times faster than PyTorch SDPA, paired by round; below 1.00x is slower. "
         "vs best: fasttx against the fastest of the others.",
         "No ratio without ✓: error within 2x (gradients 3x) of plain PyTorch's in the same dtype, "
         "both against fp64, plus one rounding. - could not be checked. n4: the range of 4 samples, "
@@ -153,9 +155,10 @@ def losses(rows: Iterable[Row]) -> list[str]:
     """Every fasttx row that is slower than SDPA or than the best of the others, in words."""
     found = []
     for row in rows:
-        if row.provider != "fasttx":
+        if not row.ours:
             continue
         where = f"{row.case} {row.dtype} {row.direction}, {row.threads} thr."
+        where += "" if row.provider == "fasttx" else f" ({row.label})"
         if row.ok is False:
             found.append(f"WRONG  {where}: {row.why}")
         elif row.ratio_best is not None and row.ratio_best < 1:
@@ -176,7 +179,7 @@ def print_report(run: Run, console: Console, memory: bool = False) -> None:
         console.print("\nWhere fasttx does not win:", style="bold")
         for line in lost:
             console.print("  " + line, soft_wrap=True, highlight=False)
-    failed = [row for row in run.rows if row.ok is False and row.provider != "fasttx"]
+    failed = [row for row in run.rows if row.ok is False and not row.ours]
     for row in failed:
         console.print(f"  {row.label} fails the check on {row.case} {row.dtype}: {row.why}")
     for entry in run.skipped:

@@ -36,7 +36,9 @@ class Row:
     rejected: int = 0
     converged: bool = False
     coverage: float | None = None
+    cold_s: float | None = None
     first_call_s: float | None = None
+    warmup_s: float | None = None
     compile_s: float | None = None
     ratio: float | None = None
     ratio_low: float | None = None
@@ -57,8 +59,14 @@ class Row:
     plain_errors: dict[str, float] = field(default_factory=dict)
     ok: bool | None = None
     why: str = ""
+    tokens: int | None = None
+    tokens_per_s: float | None = None
     peak_bytes: int | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def ours(self) -> bool:
+        return self.provider.startswith("fasttx")
 
     @property
     def mark(self) -> str:
@@ -69,14 +77,16 @@ class Row:
         """Rows of one group were timed against each other."""
         return (self.op, self.case, self.direction, self.dtype, self.device, self.threads)
 
-    def set_timing(self, timing: Timing, compiles: bool = False) -> None:
+    def set_timing(self, timing: Timing, prepared_s: float | None = None) -> None:
+        """prepared_s: of a provider that compiles or converts, the wall time that this took
+        before the first timed call."""
         result = timing.interval
         self.median_s, self.low_s, self.high_s = result.median, result.low, result.high
         self.samples, self.rejected = result.n, timing.rejected
         self.coverage, self.converged = result.coverage, timing.converged
-        self.first_call_s = timing.first_call_s
-        if compiles:
-            self.compile_s = max(0.0, timing.first_call_s - result.median)
+        self.first_call_s, self.warmup_s = timing.first_call_s, timing.warmup_s
+        if prepared_s is not None:
+            self.compile_s = prepared_s + max(0.0, timing.first_call_s - result.median)
         self.notes.extend(timing.notes)
 
     def set_rate(self, flops: int | None, limits: Limits | None, moved: int | None = None) -> None:
@@ -97,6 +107,11 @@ class Row:
                 shares.append((self.bandwidth / best, f"memory bandwidth, {limits.threads} thr."))
         if shares:
             self.share, self.share_of = max(shares)
+
+    def set_tokens(self, tokens: int) -> None:
+        self.tokens = tokens
+        if self.median_s:
+            self.tokens_per_s = tokens / self.median_s
 
     def set_verdict(self, verdict: Verdict) -> None:
         self.ok, self.why, self.error = verdict.ok, verdict.why, verdict.worst
@@ -128,13 +143,13 @@ def set_ratios(rows: list[Row], timings: dict[str, Timing], base: str) -> None:
 
 def _set_best(rows: list[Row], timings: dict[str, Timing]) -> None:
     """fasttx beside the fastest of the others whose answer is not wrong, whoever that is."""
-    others = [row for row in rows if row.provider != "fasttx" and row.ok is not False]
+    others = [row for row in rows if not row.ours and row.ok is not False]
     others = [row for row in others if row.provider in timings]
     if not others:
         return
     best = min(others, key=lambda row: timings[row.provider].interval.median)
     for row in rows:
-        if row.provider == "fasttx" and row.ok and row.provider in timings:
+        if row.ours and row.ok and row.provider in timings:
             ratio = timings[row.provider].ratio_to(timings[best.provider])
             row.best_other, row.ratio_best = best.provider, ratio.median
             row.ratio_best_low, row.ratio_best_high = ratio.low, ratio.high

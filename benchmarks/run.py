@@ -26,8 +26,8 @@ def bench(
     targets: Annotated[
         list[str] | None,
         typer.Argument(
-            help="op NAME, model NAME, or just names; none: attention bert, op: every op. "
-            "never-slower [OP ...]: the grid on which PyTorch must not be faster."
+            help="op, layer, model, train or generate NAME, or just names; none: attention bert, "
+            "op: every op. never-slower [OP ...]: the grid on which PyTorch must not be faster."
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Under 4 minutes. The default.")] = False,
@@ -47,6 +47,10 @@ def bench(
     budget: Annotated[float | None, typer.Option(help="Seconds a group of rows may take.")] = None,
     stage: Annotated[str | None, typer.Option(help="Part of --musts: ratios, errors, ...")] = None,
     memory: Annotated[bool, typer.Option("--memory", help="Peak memory, fresh processes.")] = False,
+    cold: Annotated[bool, typer.Option("--cold", help="Cold start, fresh processes.")] = False,
+    base: Annotated[
+        str | None, typer.Option(help="Compare with another commit of fasttx: ops alone.")
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="Also write the CSV there.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the JSON there.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the report; reports/<time>.")] = None,
@@ -60,13 +64,12 @@ def bench(
         chosen = asked.suite(suite, quick=quick, full=full, musts=musts)
         targets = targets or []
         walk = targets[:1] == ["never-slower"]
-        ops, models = asked.targets([] if walk else targets)
+        named = asked.targets([] if walk else targets)
         sizes = asked.sizes("--seqlen", seqlen)
         if sizes and not targets:
-            models = ()
+            named["models"] = ()
         options = Options(
-            ops=ops,
-            models=models,
+            **named,
             suite=chosen,
             sizes=sizes,
             batch=asked.one_size("--batch", batch),
@@ -81,28 +84,34 @@ def bench(
             default_threads=threads is None,
             device=asked.device(device),
             budget_s=asked.seconds("--budget", budget),
-            memory=memory,
+            memory=memory or chosen == "full",
+            cold=cold or chosen == "full",
             stages=asked.choose("stage", stage, asked.STAGES),
             csv=csv,
             json=json,
             out=out,
             command=shlex.join(["fasttx", "bench", *_arguments()]),
         )
+        if base is not None and (walk or options.suite == "musts"):
+            raise asked.UsageError("--base compares --quick or --full, no goals and no grid")
         if walk:
             return never_slower.execute(options, Console(), tuple(targets[1:]))
+        if base is not None:
+            from .base import BaseSession
+
+            return execute(options, Console(), BaseSession(options, Console(), base))
     except asked.UsageError as error:
         raise BadUsage(str(error)) from None
     return execute(options, Console())
 
 
-def execute(options: Options, console: Console) -> int:
+def execute(options: Options, console: Console, session: Session | None = None) -> int:
     if options.suite == "musts":
         from . import musts
 
         return musts.execute(options, console)
     warnings.filterwarnings("ignore", message=".*runs on the plain PyTorch reference.*")
-    session = Session(options, console)
-    run = session.execute()
+    run = (session or Session(options, console)).execute()
     folder = options.out or Path("reports") / datetime.now().strftime("%Y%m%d-%H%M%S")
     written = report.write_all(run, folder)
     if options.csv is not None:

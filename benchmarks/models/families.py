@@ -10,23 +10,29 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import tempfile
+import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from ..contest import Contender, Group, compare, timed
 from ..gate import Error, Verdict, judge
-from ..harness import clock_for, interleave
 from ..ops.attention_case import DTYPES
 from ..providers import Skip
-from ..rows import Row, Run, set_ratios
+from ..rows import Row, Run
 
 BASE = "sdpa"
 LABELS = {
     "fasttx": "transformers + fasttx.patch",
+    "fasttx_models": "fasttx.models",
     "sdpa": "transformers",
     "torch_compile": "transformers, torch.compile",
 }
@@ -99,6 +105,11 @@ class Source:
     goals: dict[tuple[str, str, int], float] = field(default_factory=dict)
 
 
+def source_of(name: str) -> Source:
+    """A family by its name, or a folder. NotAModel says why it is neither."""
+    return family(name) if name in FAMILIES else folder(name)
+
+
 def family(name: str) -> Source:
     transformers = importlib.import_module("transformers")
     f = FAMILIES[name]
@@ -142,7 +153,8 @@ def folder(path: str) -> Source:
 
 
 class Bench:
-    """One model in one dtype: unpatched, patched, in fp64; compiled too where `compiled`."""
+    """One model in one dtype: unpatched, patched, in fp64; compiled too where `compiled`; for
+    generation also in fasttx.models, where that knows the family."""
 
     def __init__(
         self,
@@ -165,65 +177,122 @@ class Bench:
             self.models = {"fasttx": patched, **self.models}
         else:
             run.skip(f"fasttx.patch on {source.name}", why)
+        if "generate" in source.batches:
+            try:
+                self.models["fasttx_models"] = as_fasttx(self.models["sdpa"])
+            except ValueError as error:
+                run.skip(f"fasttx.models for {source.name}", str(error))
         if compiled:
             self.models["torch_compile"] = torch.compile(copy.deepcopy(self.models["sdpa"]))
-        self._verdicts: dict[tuple, dict[str, Verdict]] = {}
+        self._judged: dict[tuple, tuple] = {}
 
     def measure(
         self, direction: str, size: tuple[int, int], threads: int, budget_s: float, on_round=None
     ) -> list[Row]:
         batch = make_batch(self.exact.config, self.source.kind, size, self.device)
-        verdicts = self._judge(direction, size, batch)
-        names = [n for n in self.models if direction != "generate" or n != "torch_compile"]
-        calls = {n: call(self.models[n], batch, direction) for n in names}
+        verdicts, prepared, flops = self._judge(direction, size, batch)
+        contenders = {
+            name: Contender(
+                LABELS[name], call(self.models[name], batch, direction), verdicts[name],
+                prepared[name] if name == "torch_compile" else None,
+            )
+            for name in self._names(direction)
+        }  # fmt: skip
         if direction == "forward":
-            verdicts = {**verdicts, **self._add_peers(calls, batch, verdicts["sdpa"], threads)}
-        timings = interleave(calls, clock_for(self.device, threads), budget_s, on_round=on_round)
-        rows = []
-        for name, timing in timings.items():
-            label = self.peers[name].LABEL if name in self.peers else LABELS[name]
-            row = Row(
-                "model", self.source.name, f"{self.source.title}, {size[0]} x {size[1]}", direction,
-                name, label, self.dtype, str(self.device), threads, timing.clock,
-                {"batch": size[0], "queries": size[1]}, {"kind": self.source.kind},
-            )  # fmt: skip
-            row.set_timing(timing, name == "torch_compile" or name in self.peers)
-            row.set_verdict(verdicts[name])
-            if direction == "step":
-                row.notes.append("timed with the model's own dropout, checked without it")
-            rows.append(row)
-        set_ratios(rows, timings, BASE)
-        return rows
+            contenders |= self._peers(batch, verdicts["sdpa"], threads)
+        generating = direction == "generate"
+        group = Group(
+            "model", self.source.name, f"{self.source.title}, {size[0]} x {size[1]}", direction,
+            self.dtype, BASE, {"batch": size[0], "queries": size[1]}, {"kind": self.source.kind},
+            flops=flops, tokens=NEW_TOKENS if generating else int(batch["attention_mask"].sum()),
+            notes=["timed with the model's own dropout, checked without it"]
+            if direction == "step" else [],
+        )  # fmt: skip
+        return compare(group, contenders, self.device, threads, budget_s, self.run, on_round)
 
-    def _add_peers(self, calls: dict, batch, plain: Verdict, threads: int) -> dict[str, Verdict]:
-        """Adds the forward calls of other runtimes, and judges their outputs."""
+    def _names(self, direction: str) -> list[str]:
+        unfit = "torch_compile" if direction == "generate" else "fasttx_models"
+        return [name for name in self.models if name != unfit]
+
+    def _peers(self, batch, plain: Verdict, threads: int) -> dict[str, Contender]:
+        """The forward of other runtimes, and what it is worth."""
         given, visible = _given(self.models["sdpa"], batch), batch["attention_mask"].bool()
-        exact, verdicts = answers(self.exact, batch, "forward")["out"], {}
+        exact, found = answers(self.exact, batch, "forward")["out"], {}
         for name, peer in self.peers.items():
             try:
-                calls[name] = peer.model_forward(self.models["sdpa"], given, threads)
+                start = time.perf_counter()
+                run = peer.model_forward(self.models["sdpa"], given, threads)
+                error = Error.between(run()[visible], exact)
             except Skip as why:
                 self.run.skip(f"{peer.LABEL}: {self.source.name} {self.dtype}", str(why))
                 continue
-            error = Error.between(calls[name]()[visible], exact)
-            verdicts[name] = judge({"out": error}, plain.errors, DTYPES[self.dtype])
-        return verdicts
+            seconds = time.perf_counter() - start
+            verdict = judge({"out": error}, plain.errors, DTYPES[self.dtype])
+            notes = list(getattr(peer, "NOTES", ()))
+            found[name] = Contender(peer.LABEL, run, verdict, seconds, notes)
+        return found
 
-    def _judge(self, direction: str, size, batch) -> dict[str, Verdict]:
+    def _judge(self, direction: str, size, batch) -> tuple[dict, dict, int | None]:
+        """Verdicts, wall seconds of the checked answer and FLOPs, the last as the unpatched model
+        needs them."""
         key = direction, size
-        if key not in self._verdicts:
-            exact = answers(self.exact, batch, direction)
-            found = {n: answers(m, batch, direction) for n, m in self.models.items()}
-            if direction == "generate":
-                return {n: _same_ids(found[n], found["sdpa"]) for n in self.models}
-            errors = {
-                n: {k: Error.between(t, exact[k]) for k, t in values.items()}
-                for n, values in found.items()
-            }
-            self._verdicts[key] = {
-                n: judge(errors[n], errors["sdpa"], DTYPES[self.dtype]) for n in self.models
-            }
-        return self._verdicts[key]
+        if key not in self._judged:
+            found, seconds, flops = {}, {}, None
+            for name in self._names(direction):
+                counter = FlopCounterMode(display=False) if name == "sdpa" else nullcontext()
+                with counter:
+                    work = partial(answers, self.models[name], batch, direction)
+                    found[name], seconds[name] = timed(work)
+                if name == "sdpa" and direction != "generate":
+                    flops = counter.get_total_flops()
+            self._judged[key] = self._verdicts(direction, batch, found), seconds, flops
+        return self._judged[key]
+
+    def _verdicts(self, direction: str, batch, found: dict) -> dict[str, Verdict]:
+        if direction == "generate":
+            return {name: _same_ids(ids, found["sdpa"]) for name, ids in found.items()}
+        exact = answers(self.exact, batch, direction)
+        errors = {
+            n: {k: Error.between(t, exact[k]) for k, t in values.items()}
+            for n, values in found.items()
+        }
+        return {n: judge(errors[n], errors["sdpa"], DTYPES[self.dtype]) for n in found}
+
+
+def fresh(
+    source: str, dtype: str, direction: str, size: tuple[int, int], provider: str,
+    device: torch.device,
+) -> Callable:  # fmt: skip
+    """For a fresh process (fresh.py): one model; the smaller batch has one row of 16."""
+    found = source_of(source)
+    model = found.make(DTYPES[dtype]).to(device)
+
+    def prepare():
+        ready = made_ready(model, provider)
+        return [
+            call(ready, make_batch(model.config, found.kind, s, device), direction)
+            for s in (tuple(size), (1, 16))
+        ]
+
+    return prepare
+
+
+def made_ready(model: torch.nn.Module, provider: str):
+    """The model as a provider runs it."""
+    if provider == "fasttx_models":
+        return as_fasttx(model)
+    if provider == "fasttx":
+        patch(model)
+    return torch.compile(model) if provider == "torch_compile" else model
+
+
+def as_fasttx(model: torch.nn.Module):
+    """The same weights in fasttx.models; ValueError where it does not know the family."""
+    models = importlib.import_module("fasttx").models
+    with tempfile.TemporaryDirectory() as home:
+        model.save_pretrained(home)
+        ours = models.from_pretrained(home)
+    return ours.to(next(model.parameters()).device)
 
 
 def patch(model: torch.nn.Module) -> str | None:

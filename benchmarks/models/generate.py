@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import copy
 import importlib
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..apart import NOTE
+from ..contest import Contender, Group, compare
 from ..gate import Error, Verdict, judge
-from ..harness import clock_for, interleave
 from ..ops.attention_case import DTYPES
-from ..rows import Row, Run, set_ratios
+from ..providers import Skip
+from ..rows import Row, Run
+from .families import as_fasttx
 
 BASE = "dynamic"
 LABELS = {
@@ -32,12 +34,24 @@ PROMPT, NEW_TOKENS = 8, 64
 _UNREAD = ("embed", "wpe", "wte", "shared", "EncDecAttention.k.", "EncDecAttention.v.")
 BATCHES = (1, 8)
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "generate-gpt2": ("GPT2LMHeadModel", "GPT2Config", {}),
-    "generate-t5-small": (
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {}),
+    "t5-small": (
         "T5ForConditionalGeneration",
         "T5Config",
         {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8,
          "decoder_start_token_id": 0},
+    ),
+    "bloom": (
+        "BloomForCausalLM",
+        "BloomConfig",
+        {"n_layer": 12, "hidden_size": 768, "n_head": 12, "vocab_size": 50304},
+    ),
+    "bart-base": (
+        "BartForConditionalGeneration",
+        "BartConfig",
+        {"encoder_layers": 6, "decoder_layers": 6, "d_model": 768, "encoder_ffn_dim": 3072,
+         "decoder_ffn_dim": 3072, "encoder_attention_heads": 12, "decoder_attention_heads": 12,
+         "forced_eos_token_id": None},
     ),
 }  # fmt: skip
 
@@ -45,51 +59,67 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 class Bench:
     """One model in one dtype: transformers', the same weights in fasttx.models, and in fp64."""
 
-    def __init__(self, name: str, dtype: str, device: torch.device, run: Run):
-        transformers = importlib.import_module("transformers")
-        models = importlib.import_module("fasttx").models
-        head, config, options = MODELS[name]
+    def __init__(
+        self,
+        name: str,
+        dtype: str,
+        device: torch.device,
+        run: Run,
+        peers: Mapping[str, Any] | None = None,
+    ):
         self.name, self.dtype, self.device, self.run = name, dtype, device, run
-        torch.manual_seed(0)
-        made = getattr(transformers, head)(getattr(transformers, config)(**options))
-        self.theirs = made.to(device, DTYPES[dtype]).eval()
-        self.theirs.generation_config.eos_token_id = None
-        with tempfile.TemporaryDirectory() as folder:
-            self.theirs.save_pretrained(folder)
-            self.ours = models.from_pretrained(folder).to(device)
+        self.peers = peers or {}
+        self.theirs = make(name, dtype, device)
+        self.ours = as_fasttx(self.theirs)
         self.seq2seq = self.theirs.config.is_encoder_decoder
-        self._verdicts: dict[int, dict[str, Verdict]] = {}
+        self._judged: dict[int, tuple] = {}
 
     def measure(self, batch: int, threads: int, budget_s: float, on_round=None) -> list[Row]:
         ids = _prompt(self.theirs.config.vocab_size, batch, self.device)
-        verdicts = self._judge(batch, ids)
-        calls = self._calls(ids)
-        timings = interleave(calls, clock_for(self.device, threads), budget_s, on_round=on_round)
-        rows = []
-        for name, timing in timings.items():
-            row = Row(
-                "model", self.name, f"{self.name}, {batch} x {PROMPT} + {NEW_TOKENS}", "generate",
-                name, LABELS[name], self.dtype, str(self.device), threads, timing.clock,
-                {"batch": batch, "queries": NEW_TOKENS}, {"prompt": PROMPT},
-            )  # fmt: skip
-            row.set_timing(timing)
-            limits = self.run.limits_for(str(self.device), threads)
-            row.set_rate(None, limits, self._read_a_step() * NEW_TOKENS)
-            row.set_verdict(verdicts[name])
+        verdicts, chosen, exact = self._judge(batch, ids)
+        contenders = {
+            name: Contender(LABELS[name], call, verdicts[name])
+            for name, call in calls(self.ours, self.theirs, ids).items()
+        }
+        apart = self._peers(ids, chosen, exact, threads)
+        contenders |= apart
+        group = Group(
+            "generate", self.name, f"{self.name}, {batch} x {PROMPT} + {NEW_TOKENS}", "generate",
+            self.dtype, BASE, {"batch": batch, "queries": NEW_TOKENS}, {"prompt": PROMPT},
+            moved=self._read_a_step() * NEW_TOKENS, tokens=batch * NEW_TOKENS,
+        )  # fmt: skip
+        try:
+            rows = compare(group, contenders, self.device, threads, budget_s, self.run, on_round)
+        finally:
+            for peer in apart.values():
+                peer.call.close()
+        for row in rows:
             row.notes.append(f"{row.median_s / NEW_TOKENS * 1e3:.2f} ms a token")
-            rows.append(row)
-        set_ratios(rows, timings, BASE)
         return rows
 
-    def _calls(self, ids: Tensor) -> dict[str, Callable[[], Tensor]]:
-        given = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
-        given["max_new_tokens"] = NEW_TOKENS
-        static = {"cache_implementation": "static", "disable_compile": True}
-        return {
-            "fasttx": lambda: self.ours.generate(ids, max_new_tokens=NEW_TOKENS, eos_token_id=[]),
-            "dynamic": lambda: self.theirs.generate(ids, **given),
-            "static": lambda: self.theirs.generate(ids, **given, **static),
-        }
+    def _peers(self, ids: Tensor, chosen: Tensor, exact: Tensor, threads: int) -> dict:
+        """Other runtimes; checked by their log probabilities of transformers' tokens."""
+        first = 1 if self.seq2seq else PROMPT
+        taken = chosen[:, first:, None]
+
+        def likelihoods(logits: Tensor) -> Tensor:
+            if logits.dtype is not torch.float64:
+                logits = logits.float()
+            return logits.log_softmax(-1).gather(-1, taken)[..., 0]
+
+        right, found = likelihoods(exact), {}
+        own = likelihoods(self._their_logits(self.theirs, ids, chosen))
+        plain = {"out": Error.between(own, right)}
+        for name, peer in self.peers.items():
+            try:
+                call, scores = peer.generation(self.theirs, self.dtype, ids, NEW_TOKENS, threads)
+            except Skip as why:
+                self.run.skip(f"{peer.LABEL}: {self.name} {self.dtype}", str(why))
+                continue
+            error = Error.between(torch.tensor(scores(chosen)), right)
+            verdict = judge({"out": error}, plain, DTYPES[self.dtype])
+            found[name] = Contender(peer.LABEL, call, verdict, call.prepared_s, [NOTE])
+        return found
 
     def _read_a_step(self) -> int:
         """Bytes of weights that a token needs; tables are looked up, and the encoder has run."""
@@ -98,20 +128,18 @@ class Bench:
         read.add(self.theirs.get_output_embeddings().weight)
         return sum(p.numel() * p.element_size() for p in read)
 
-    def _judge(self, batch: int, ids: Tensor) -> dict[str, Verdict]:
-        if batch not in self._verdicts:
-            chosen = self._calls(ids)["dynamic"]()
+    def _judge(self, batch: int, ids: Tensor) -> tuple[dict[str, Verdict], Tensor, Tensor]:
+        """Verdicts, transformers' ids and the fp64 logits along them."""
+        if batch not in self._judged:
+            chosen = calls(None, self.theirs, ids)["dynamic"]()
             exact = self._their_logits(copy.deepcopy(self.theirs).double(), ids, chosen)
             plain = {"out": Error.between(self._their_logits(self.theirs, ids, chosen), exact)}
             own = {"out": Error.between(self._our_logits(ids, chosen), exact)}
             dtype = DTYPES[self.dtype]
             same = judge(plain, plain, dtype)
-            self._verdicts[batch] = {
-                "fasttx": judge(own, plain, dtype),
-                "dynamic": same,
-                "static": same,
-            }
-        return self._verdicts[batch]
+            verdicts = {"fasttx": judge(own, plain, dtype), "dynamic": same, "static": same}
+            self._judged[batch] = verdicts, chosen, exact
+        return self._judged[batch]
 
     @torch.no_grad()
     def _their_logits(self, model, ids: Tensor, chosen: Tensor) -> Tensor:
@@ -129,6 +157,41 @@ class Bench:
         for step in range(first, chosen.shape[1] - 1):
             parts.append(model.logits(model.decode(chosen[:, step : step + 1], cache)[:, -1]))
         return torch.stack(parts, 1)
+
+
+def make(name: str, dtype: str, device: torch.device):
+    """transformers' model, which knows no end token."""
+    transformers = importlib.import_module("transformers")
+    head, config, options = MODELS[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, head)(getattr(transformers, config)(**options))
+    model.generation_config.eos_token_id = None
+    model.generation_config.forced_eos_token_id = None
+    return model.to(device, DTYPES[dtype]).eval()
+
+
+def calls(ours, theirs, ids: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """What is timed, by provider; `ours` or `theirs` may be None where the other is asked for."""
+    given = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
+    given["max_new_tokens"] = NEW_TOKENS
+    static = {"cache_implementation": "static", "disable_compile": True}
+    return {
+        "fasttx": lambda: ours.generate(ids, max_new_tokens=NEW_TOKENS, eos_token_id=[]),
+        "dynamic": lambda: theirs.generate(ids, **given),
+        "static": lambda: theirs.generate(ids, **given, **static),
+    }
+
+
+def fresh(name: str, dtype: str, batch: int, provider: str, device: torch.device) -> Callable:
+    """For a fresh process (fresh.py); the smaller call has one row."""
+    theirs = make(name, dtype, device)
+    ids = _prompt(theirs.config.vocab_size, batch, device)
+
+    def prepare():
+        ours = as_fasttx(theirs) if provider == "fasttx" else None
+        return calls(ours, theirs, ids)[provider], calls(ours, theirs, ids[:1])[provider]
+
+    return prepare
 
 
 def _prompt(vocabulary: int, batch: int, device) -> Tensor:

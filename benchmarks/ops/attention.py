@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .. import providers
 from ..gate import Verdict, judge, unchecked
 from ..harness import Call, Timing, clock_for, interleave
 from ..providers import Skip, sdpa
@@ -157,6 +158,22 @@ def timed_call(
     return lambda: torch.autograd.grad(call(), inputs, dout)
 
 
+def fresh(case: dict, direction: str, provider: str, device: torch.device) -> Callable:
+    """For a fresh process (fresh.py); the smaller case has one row of 64 queries and keys."""
+    whole = Case(**case)
+    chosen = providers.find()[provider]
+    made = {c: tensors(c, device) for c in (whole, replace(whole, batch=1, queries=64, keys=64))}
+
+    def prepare():
+        calls = []
+        for one, x in made.items():
+            call, leaves = chosen.attention(one, x, False)
+            calls.append(timed_call(call, leaves, x.dout, direction))
+        return calls
+
+    return prepare
+
+
 def refusal(
     provider: ModuleType, case: Case, direction: str, device: torch.device, everything: bool
 ) -> str | None:
@@ -179,7 +196,7 @@ def refusal(
 def measure(
     problem: Problem,
     direction: str,
-    providers: dict[str, ModuleType],
+    contenders: dict[str, ModuleType],
     threads: int,
     budget_s: float,
     run: Run,
@@ -190,7 +207,7 @@ def measure(
     case, device = problem.case, problem.device
     rows: list[Row] = []
     calls: dict[str, Call] = {}
-    for name, provider in providers.items():
+    for name, provider in contenders.items():
         if not hasattr(provider, "attention"):
             continue
         why = refusal(provider, case, direction, device, everything)
@@ -218,20 +235,20 @@ def measure(
             row.backend = provider.backend_of(case, problem.x)
         rows.append(row)
     timings = interleave(calls, clock_for(device, threads), budget_s, on_round=on_round)
-    return finish(rows, timings, case.flops(direction), providers, run)
+    return finish(rows, timings, case.flops(direction), contenders, run)
 
 
 def finish(
     rows: list[Row],
     timings: dict[str, Timing],
     flops: int,
-    providers: dict[str, ModuleType],
+    contenders: dict[str, ModuleType],
     run: Run,
 ) -> list[Row]:
     for row in rows:
         timing = timings[row.provider]
         row.clock = timing.clock
-        row.set_timing(timing, providers[row.provider].COMPILES)
+        row.set_timing(timing, 0.0 if contenders[row.provider].COMPILES else None)
         row.set_rate(flops, run.limits_for(row.device, row.threads))
     set_ratios(rows, timings, BASE)
     return rows

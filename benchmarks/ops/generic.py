@@ -9,6 +9,8 @@ in ``benchmarks/ops/<op>.py`` is all. Attention has a harness of its own around 
 
 from __future__ import annotations
 
+import importlib
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -120,27 +122,55 @@ class Problem:
         return judge(errors, self.plain, self.case.torch_dtype)
 
     def timed(self, name: str, direction: str) -> Call:
-        if name in self.case.timed:
-            return self.case.timed[name](self.x, direction)
-        function = self.case.contenders[name]
-        leaves = [self.x[leaf] for leaf in self.case.leaves]
+        return timed_call(self.case, self.x, self.upstream, name, direction)
 
-        def backward_of(outputs, retain):
-            pairs = zip(_tuple(outputs), self.upstream, strict=True)
-            pairs = [(t, g.to(t.dtype)) for t, g in pairs if t.requires_grad]
-            kept, upstream = zip(*pairs, strict=True)
-            return lambda: torch.autograd.grad(kept, leaves, upstream, retain_graph=retain)
 
-        if direction == "forward":
+def timed_call(work: Work, x: Inputs, given: list[Tensor] | None, name: str, direction: str):
+    """What is timed of a contender; `given`: the gradients of the outputs."""
+    if name in work.timed:
+        return work.timed[name](x, direction)
+    function = work.contenders[name]
+    leaves = [x[leaf] for leaf in work.leaves]
 
-            def forward():
-                with torch.no_grad():
-                    return function(self.x)
+    def backward_of(outputs, retain):
+        pairs = zip(_tuple(outputs), given, strict=True)
+        pairs = [(t, g.to(t.dtype)) for t, g in pairs if t.requires_grad]
+        kept, upstream = zip(*pairs, strict=True)
+        return lambda: torch.autograd.grad(kept, leaves, upstream, retain_graph=retain)
 
-            return forward
-        if direction == "backward":
-            return backward_of(function(self.x), True)
-        return lambda: backward_of(function(self.x), False)()
+    if direction == "forward":
+
+        def forward():
+            with torch.no_grad():
+                return function(x)
+
+        return forward
+    if direction == "backward":
+        return backward_of(function(x), True)
+    return lambda: backward_of(function(x), False)()
+
+
+def fresh(
+    op: str, case: str, dtype: str, direction: str, provider: str, device: torch.device
+) -> Callable:
+    """For a fresh process (fresh.py): a case found by its name."""
+    module = importlib.import_module(f".{op}", __package__)
+    makers = [getattr(module, name, None) for name in ("quick_cases", "full_cases")]
+    every = [one for make in makers if make is not None for one in make((dtype,))]
+    work = next(one for one in every if one.case == case)
+    x = work.make(device, torch.Generator(device=device).manual_seed(0))
+    for name in work.leaves:
+        x[name].requires_grad_()
+
+    def prepare():
+        if provider not in work.contenders:
+            work.contenders[provider] = torch.compile(work.contenders["eager"], dynamic=False)
+        with torch.no_grad():
+            outputs = work.truth(x) if direction != "forward" else None
+        upstream = None if outputs is None else _upstream(outputs, work.torch_dtype)
+        return timed_call(work, x, upstream, provider, direction), None
+
+    return prepare
 
 
 def _as(t: Tensor, dtype: torch.dtype, leaf: bool) -> Tensor:
@@ -193,7 +223,9 @@ def measure(
         contenders.pop("fasttx", None)
     rows: list[Row] = []
     calls: dict[str, Call] = {}
+    prepared: dict[str, float] = {}
     for name in contenders:
+        start = time.perf_counter()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)
@@ -202,6 +234,8 @@ def measure(
         except NotImplementedError as why:
             run.skip(f"{name}: {case.op} {case.case} {case.dtype} {direction}", str(why))
             continue
+        if getattr(providers.get(name), "COMPILES", False):
+            prepared[name] = time.perf_counter() - start
         row = Row(
             "op", case.op, f"{case.op} {case.case}", direction, name,
             LABELS.get(name) or providers[name].LABEL,
@@ -213,7 +247,7 @@ def measure(
     limits = run.limits_for(str(device), threads)
     for row in rows:
         row.clock = timings[row.provider].clock
-        row.set_timing(timings[row.provider], row.provider == "torch_compile")
+        row.set_timing(timings[row.provider], prepared.get(row.provider))
         row.set_rate(case.flops.get(direction), limits, case.moved.get(direction))
     set_ratios(rows, timings, case.base)
     return rows

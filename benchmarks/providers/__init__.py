@@ -4,10 +4,11 @@ A provider module has ``NAME`` (how rows and ``--provider`` call it), ``LABEL`` 
 ``COMPILES`` (its first call compiles), ``reason()`` (None, or why it cannot be used here) and what
 it does: ``attention(case, x, check) -> (call, leaves)``, where ``call()`` computes the op on the
 tensors of ``x``; ``op(case) -> function of the inputs``, or None, for a case of any other op;
-``model_forward(model, batch, threads) -> call`` for a whole model of transformers. They raise
-:class:`Skip` where the provider does not do such a case. A module with several providers lists them
-in ``PROVIDERS``. ``EXTRA``: only with ``--full`` or by name. ``NO_BACKWARD``: the device types on
-which its attention has none.
+``model_forward(model, batch, threads) -> call`` for a whole model of transformers,
+``generation(model, dtype, ids, tokens, threads) -> (call, scores)`` for one that generates. They
+raise :class:`Skip` where the provider does not do such a case. A module with several providers
+lists them in ``PROVIDERS``. ``EXTRA``: only with ``--full`` or by name. ``NO_BACKWARD``: the device
+types on which its attention has none. ``NOTES``: what a reader of its rows must know.
 """
 
 from __future__ import annotations

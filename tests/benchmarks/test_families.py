@@ -96,8 +96,9 @@ def test_a_folder_is_a_target(tmp_path):
     with pytest.raises(asked.UsageError, match="has no config"):
         asked.targets(["model", str(tmp_path)])
     (tmp_path / "config.json").write_text("{}")
-    assert asked.targets([str(tmp_path)]) == ((), (str(tmp_path),))
-    assert asked.targets(["model", "t5", "op", "rope"]) == (("rope",), ("t5",))
+    assert asked.targets([str(tmp_path)])["models"] == (str(tmp_path),)
+    both = asked.targets(["model", "t5", "op", "rope"])
+    assert (both["ops"], both["models"]) == (("rope",), ("t5",))
 
 
 def test_a_folder_that_cannot_be_loaded_is_left_out_in_words(tmp_path):

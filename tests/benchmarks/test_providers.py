@@ -21,12 +21,15 @@ def test_what_a_provider_has(name):
     assert provider.LABEL
     assert isinstance(provider.COMPILES, bool)
     assert provider.reason() is None or len(provider.reason()) > 10
-    assert any(hasattr(provider, f) for f in ("attention", "op", "model_forward"))
+    done = ("attention", "op", "model_forward", "generation")
+    assert any(hasattr(provider, f) for f in done)
 
 
 def test_who_is_known():
     wanted = {"fasttx", "sdpa", "eager", "torch_compile", "flex_attention", "onnxruntime", "liger"}
-    assert wanted | {"flash_attn", "xformers", "sdpa_math", "sdpa_flash"} <= set(EVERY)
+    wanted |= {"flash_attn", "xformers", "sdpa_math", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn"}
+    wanted |= {"cuda_graph", "ctranslate2", "ctranslate2_int8", "torchao_int8"}
+    assert wanted <= set(EVERY)
 
 
 @pytest.mark.parametrize("name", ["sdpa_math", "sdpa_flash"])
@@ -91,3 +94,25 @@ def test_onnxruntime(monkeypatch):
         else:
             assert "onnxruntime" not in rows
             assert "float32" in run.skipped[-1]["why"]
+
+
+@pytest.mark.slow
+def test_torchao_tells_its_error():
+    transformers = pytest.importorskip("transformers")
+    provider = EVERY["torchao_int8"]
+    if why := provider.reason():
+        pytest.skip(why)
+    config = transformers.BertConfig(
+        vocab_size=90, num_hidden_layers=1, hidden_size=64, num_attention_heads=2,
+        intermediate_size=128,
+    )  # fmt: skip
+
+    def make(dtype):
+        torch.manual_seed(0)
+        return transformers.BertForMaskedLM(config).to(dtype).eval()
+
+    source = families.Source("tiny", "tiny", "masked", make, {"forward": ((2, 12),)})
+    run = Run("test", "now", {})
+    bench = families.Bench(source, "fp32", CPU, run, peers={"torchao_int8": provider})
+    row = {r.provider: r for r in bench.measure("forward", (2, 12), 1, 0.0)}["torchao_int8"]
+    assert row.ok is False and row.ratio is None and 1e-5 < row.error < 0.1
