@@ -31,6 +31,7 @@ from .ops import generic
 from .ops.attention_case import Case, tensors
 from .stats import Interval
 
+SCHEMA = "fasttx-tune/1"
 ROUNDS = (7, 15)  # of the first look, and of the second
 WORTH_TIMING = 1.5  # a backend this much slower than the best at first sight is not timed
 QUICK_FLOPS, QUICK_BYTES = 2e9, 1 << 25
@@ -49,6 +50,10 @@ class Race:
     why: str = ""
 
 
+# By inner op, by class.
+Races = dict[str, dict[str, list[Race]]]
+
+
 @dataclass
 class Options:
     ops: tuple[str, ...] = ()
@@ -58,6 +63,7 @@ class Options:
     quick: bool = False
     dry_run: bool = False
     output: Path | None = None
+    json: Path | None = None
     cases: Any = field(default=None, repr=False)
 
 
@@ -68,7 +74,7 @@ def execute(options: Options, console: Console) -> list[dict]:
         if name not in grid.names():
             raise ValueError(f"unknown op {name!r}: {', '.join(grid.names())}")
     device, before = torch.device(options.device), torch.get_num_threads()
-    measured = []
+    measured, races = [], []
     try:
         for threads in options.threads if device.type == "cpu" else (0,):
             if threads:
@@ -76,14 +82,21 @@ def execute(options: Options, console: Console) -> list[dict]:
             table = _table(device, threads)
             measured.append(table)
             for name in names:
-                table["ops"] |= _measure_op(name, options, device, threads or 1, console)
+                found = _measure_op(name, options, device, threads or 1, console)
+                table["ops"] |= {op: entries(classes) for op, classes in found.items()}
+                races += _told(found, threads)
     except KeyboardInterrupt:
         console.print("interrupted: ops that were not finished are left out", highlight=False)
     finally:
         torch.set_num_threads(before)
     measured = [t for t in measured if t["ops"]]
-    entries = sum(len(e) for t in measured for e in t["ops"].values())
-    console.print(f"{entries} entries: calls that another kernel than the first runs faster")
+    count = sum(len(e) for t in measured for e in t["ops"].values())
+    console.print(f"{count} entries: calls that another kernel than the first runs faster")
+    if options.json:
+        report = {"schema": SCHEMA, "machine": machine.describe(), "races": races}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        console.print(f"wrote {options.json.resolve()}", soft_wrap=True, highlight=False)
     if not options.dry_run and measured:
         _write(measured, options.output, console)
     return measured
@@ -120,9 +133,24 @@ def _table(device: torch.device, threads: int) -> dict[str, Any]:
     }
 
 
-def _measure_op(name: str, options: Options, device, threads: int, console) -> dict[str, list]:
-    """Entries by inner op, for those whose calls more than one backend can run."""
-    races: dict[str, dict[str, list[Race]]] = {}
+def _told(found: Races, threads: int) -> list[dict[str, Any]]:
+    return [
+        {"op": op, "class": json.loads(key), "threads": threads, "case": r.case, "first": r.first,
+         "seconds": r.seconds, "best": r.best,
+         "gain": r.gain and [r.gain.median, r.gain.low, r.gain.high], "why": r.why}
+        for op, classes in found.items() for key, races in classes.items() for r in races
+    ]  # fmt: skip
+
+
+def entries(classes: dict[str, list[Race]]) -> list[dict[str, Any]]:
+    """A table's entries of one op."""
+    found = (entry(json.loads(key), races) for key, races in classes.items())
+    return [each for each in found if each is not None]
+
+
+def _measure_op(name: str, options: Options, device, threads: int, console) -> Races:
+    """The races of the calls that more than one backend can run."""
+    races: Races = {}
     for dtype in options.dtypes:
         for case in options.cases(name, dtype) if options.cases else grid.cases(name, dtype):
             if options.quick and _large(case):
@@ -145,10 +173,7 @@ def _measure_op(name: str, options: Options, device, threads: int, console) -> d
             gc.collect()
     if not races:
         console.print(f"{name}: one kernel runs it on {device.type}, nothing to choose")
-    return {
-        op: [e for key, found in classes.items() if (e := entry(json.loads(key), found))]
-        for op, classes in races.items()
-    }
+    return races
 
 
 def _large(case) -> bool:

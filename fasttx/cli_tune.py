@@ -28,6 +28,9 @@ def tune(
     output: Annotated[
         Path | None, typer.Option(help="Another file than the one in your cache.")
     ] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Also every time that was measured, there.")
+    ] = None,
 ):
     """Measure which kernel is the fastest on this machine, and keep it in your cache.
 
@@ -38,7 +41,7 @@ def tune(
     from . import choice, choice_tables
 
     if reset:
-        if ops or quick or dry_run or output:
+        if ops or quick or dry_run or output or json:
             _refuse("--reset forgets everything: give it alone")
         try:
             choice_tables.user_file().unlink(missing_ok=True)
@@ -58,7 +61,7 @@ def tune(
         execute(
             Options(
                 tuple(dict.fromkeys(ops or ())), asked.dtypes(dtype), counts,
-                asked.device(device), quick, dry_run, output,
+                asked.device(device), quick, dry_run, output, json,
             ),
             Console(),
         )  # fmt: skip

@@ -180,8 +180,16 @@ def test_one_case_that_loses_keeps_its_class_as_it_was(linear):
     assert backend(7) == "torch"
 
 
-def test_a_dry_run_writes_nothing(linear):
-    assert linear(16, dry_run=True)[0]["ops"]["linear_fwd"]
+def test_a_dry_run_writes_nothing(linear, tmp_path):
+    path = tmp_path / "deep" / "tune.json"
+    assert linear(3, 16, dry_run=True, json=path)[0]["ops"]["linear_fwd"]
+    told = json.loads(path.read_text())
+    assert told["schema"] == "fasttx-tune/1"
+    assert {(r["op"], r["case"], r["best"]) for r in told["races"]} == {
+        (op, case, best)
+        for op in ("linear_fwd", "linear_bwd")
+        for case, best in (("3x8x5 fp32", "cpu"), ("16x8x5 fp32", "torch"))
+    }
     assert not choice_tables.user_file().exists()
 
 
