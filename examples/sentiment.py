@@ -83,7 +83,7 @@ def first_hidden(model, examples: TextLabels, batch_size: int = 128) -> list[dic
     with torch.no_grad():
         for start in range(0, len(examples), batch_size):
             batch = examples.batch(range(start, min(start + batch_size, len(examples))))
-            hidden = model(**batch).hidden[:, 0]
+            hidden = model(**batch).hidden[:, 0].clone()
             found += [{"hidden": h, "labels": c} for h, c in
                       zip(hidden, batch["labels"], strict=True)]  # fmt: skip
     return found
