@@ -28,6 +28,7 @@ def render(run: Run) -> str:
         "title": f"fasttx bench: {machine.get('cpu', 'unknown machine')}",
         "facts": _facts(run),
         "legend": "".join(f"<li>{escape(line)}</li>" for line in report.legend(run)),
+        "gains": _gains(run),
         "losses": _list(report.losses(run.rows), "fasttx wins every row that was measured."),
         "left_out": _list([f"{s['what']}: {s['why']}" for s in run.skipped], "Nothing."),
         "notes": _list(run.notes, "None."),
@@ -67,6 +68,11 @@ def _list(lines: list[str], empty: str) -> str:
     if not lines:
         return f"<p>{escape(empty)}</p>"
     return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+
+
+def _gains(run: Run) -> str:
+    lines = report.gains(run)
+    return "<h2>Models, unpatched and patched</h2>" + _list(lines, "") if lines else ""
 
 
 def _musts(run: Run) -> str:

@@ -74,6 +74,11 @@ class Options:
     command: str = "fasttx bench"
     notes: list[str] = field(default_factory=list)
 
+    def only_a_folder(self) -> bool:
+        """A user's own model and nothing else: under two minutes."""
+        others = self.ops or self.layers or self.training or self.generation
+        return not others and len(self.models) == 1 and Path(self.models[0]).is_dir()
+
 
 def split(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip()]

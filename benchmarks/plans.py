@@ -67,7 +67,9 @@ def _wanted(session, direction: str) -> bool:
     return session.options.default_directions or direction in session.options.directions
 
 
-def add_fresh(session, rows: list[Row], make: str, threads: int, **arguments) -> list[Row]:
+def add_fresh(
+    session, rows: list[Row], make: str, threads: int, memory: bool = False, **arguments
+) -> list[Row]:
     """Fills in what was asked for of cold start and peak memory, from fresh processes."""
     options = session.options
     for row in rows:
@@ -79,7 +81,7 @@ def add_fresh(session, rows: list[Row], make: str, threads: int, **arguments) ->
         )  # fmt: skip
         if options.cold:
             row.cold_s = ask("cold")
-        if options.memory:
+        if options.memory or memory:
             row.peak_bytes = ask("memory")
     return rows
 
@@ -147,6 +149,7 @@ def _family(session, name: str) -> list[Step]:
             )
         rows = holder[dtype].measure(direction, size, threads, budget, on_round)
         about = {"source": name, "dtype": dtype, "direction": direction, "size": size}
+        about["memory"] = name not in families.FAMILIES and direction == "step"
         return add_fresh(session, rows, "models.families:fresh", threads, **about)
 
     seconds = _seconds(session, MODEL_SECONDS)

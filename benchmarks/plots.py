@@ -9,7 +9,15 @@ from .rows import Row, Run
 
 COLORS = {"fasttx": "#0b6bcb", "sdpa": "#d9730d", "eager": "#8a8a8a", "torch_compile": "#2a9d5c"}
 OTHER = "#9b59b6"
-BASES = {"op": "PyTorch SDPA", "model": "transformers with SDPA"}
+COLORS |= {"fasttx_models": "#3f95e8", "fasttx_nn": "#3f95e8", "torch_nn": "#d9730d"}
+COLORS |= {"onnxruntime": "#b5487d", "ctranslate2": "#b5487d"}
+BASES = {
+    "op": "PyTorch",
+    "model": "transformers with SDPA",
+    "layer": "transformers' layer",
+    "train": "the same script on transformers",
+    "generate": "transformers, dynamic cache",
+}
 THEMES = {
     "light": {"ink": "#1c2024", "grid": "#d5d9de", "paper": "#ffffff"},
     "dark": {"ink": "#e6e8eb", "grid": "#3a4048", "paper": "#16191d"},
@@ -21,8 +29,8 @@ def write_all(run: Run, folder: Path, theme: str = "light") -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     suffix = "" if theme == "light" else f"-{theme}"
     written = []
-    for kind in ("op", "model"):
-        rows = [row for row in run.rows if row.kind == kind and row.provider == "fasttx"]
+    for kind in BASES:
+        rows = [row for row in run.rows if row.kind == kind and row.ours]
         rows = [row for row in rows if row.ratio is not None]
         if rows:
             written.append(ratio_plot(rows, folder / f"ratios-{kind}{suffix}.png", theme))
@@ -84,6 +92,9 @@ def ratio_plot(rows: list[Row], path: Path, theme: str = "light") -> Path:
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     axes.set_xticks([], minor=True)
     names = [f"{row.case}  {row.dtype} {row.direction}, {row.threads} thr." for row in rows]
+    several = {row.label for row in rows}
+    if len(several) > 1:
+        names = [f"{name}  {row.label}" for name, row in zip(names, rows, strict=True)]
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     more = f" ({left_out} rows more in the table)" if left_out else ""

@@ -25,6 +25,15 @@ FLAT = (
 )  # fmt: skip
 
 
+KINDS = {
+    "op": "Ops",
+    "model": "Models",
+    "layer": "Layers",
+    "train": "Training",
+    "generate": "Generation",
+}
+
+
 def seconds(value: float | None) -> str:
     """Three digits with a unit: 12.3 ms."""
     if value is None:
@@ -129,7 +138,7 @@ def legend(run: Run) -> list[str]:
     lines = [
         "ratio: times faster than the other commit, paired by round; below 1.00x is slower."
         if any(row.ratio_to == "base" for row in run.rows)
-        else "ratio: times faster than PyTorch SDPA, paired by round; below 1.00x is slower. "
+        else "ratio: times faster than the row of 1.00x, paired by round; below that is slower. "
         "vs best: fasttx against the fastest of the others.",
         "No ratio without ✓: error within 2x (gradients 3x) of plain PyTorch's in the same dtype, "
         "both against fp64, plus one rounding. - could not be checked. n4: the range of 4 samples, "
@@ -152,7 +161,7 @@ def legend(run: Run) -> list[str]:
 
 
 def losses(rows: Iterable[Row]) -> list[str]:
-    """Every fasttx row that is slower than SDPA or than the best of the others, in words."""
+    """Every fasttx row that is slower than the best of the others, in words."""
     found = []
     for row in rows:
         if not row.ours:
@@ -167,13 +176,56 @@ def losses(rows: Iterable[Row]) -> list[str]:
     return found
 
 
+def gains(run: Run) -> list[str]:
+    """A model patched beside itself unpatched: a line a model, dtype and thread count."""
+    lines = []
+    models = [row for row in run.rows if row.kind == "model" and row.ratio_to is not None]
+    names = dict.fromkeys((row.op, row.dtype, row.device, row.threads) for row in models)
+    words = {"forward": "forward", "step": "training step", "generate": "generation"}
+    for name, dtype, device, threads in names:
+        rows = [r for r in models if (r.op, r.dtype, r.device, r.threads) ==
+                (name, dtype, device, threads)]  # fmt: skip
+        parts = []
+        for row in rows:
+            if row.provider != "fasttx" and not (row.ours and row.direction == "generate"):
+                continue
+            what = words.get(row.direction, row.direction)
+            what += "" if row.provider == "fasttx" else f" by {row.label}"
+            what += f" {row.shape['batch']} x {row.shape['queries']}"
+            base = next(r for r in rows if r.provider == r.ratio_to and r.group == row.group)
+            if row.ratio is None:
+                parts.append(
+                    f"{what} {seconds(base.median_s)} -> {seconds(row.median_s)}, "
+                    f"{'WRONG' if row.ok is False else 'not compared'}: {row.why}"
+                )
+            else:
+                parts.append(
+                    f"{what} {seconds(base.median_s)} -> {seconds(row.median_s)}, "
+                    f"{times(row.ratio)}"
+                )
+            if row.peak_bytes and base.peak_bytes:
+                share = percent(row.peak_bytes / base.peak_bytes)
+                parts.append(
+                    f"its peak memory {size(base.peak_bytes)} -> {size(row.peak_bytes)}, {share}"
+                )
+        if parts:
+            where = f"{threads} thr." if device == "cpu" else device
+            lines.append(f"{name} {dtype}, {where}: " + "; ".join(parts))
+    return lines
+
+
 def print_report(run: Run, console: Console, memory: bool = False) -> None:
-    for kind, title in (("op", "Ops"), ("model", "Models")):
+    for kind, title in KINDS.items():
         rows = [row for row in run.rows if row.kind == kind]
         if rows:
             console.print(table(rows, title, memory), soft_wrap=True)
     for line in legend(run):
         console.print(line, style="dim", soft_wrap=True, highlight=False)
+    gained = gains(run)
+    if gained:
+        console.print("\nWith fasttx, median times:", style="bold")
+        for line in gained:
+            console.print("  " + line, soft_wrap=True, highlight=False)
     lost = losses(run.rows)
     if lost:
         console.print("\nWhere fasttx does not win:", style="bold")

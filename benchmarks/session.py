@@ -21,6 +21,8 @@ from .rows import Row, Run
 
 QUICK_SECONDS = 170.0
 QUICK_LAST_SECONDS = 205.0
+FOLDER_SECONDS = 60.0
+FOLDER_LAST_SECONDS = 95.0
 GROUP_SECONDS = {"quick": 2.5, "full": 8.0, "musts": 8.0}
 
 
@@ -108,7 +110,7 @@ class Session:
 
     def measure_limits(self) -> None:
         wanted = set(self.options.threads)
-        several = self.options.models or self.options.generation
+        several = "bert" in self.options.models or self.options.generation
         if several and self.device.type == "cpu":
             wanted.update(plans.threads_of_models(self.options))
         for threads in sorted(wanted):
@@ -120,6 +122,9 @@ class Session:
         """Runs the plan with live progress. What was measured is kept when interrupted."""
         start = time.monotonic()
         steps = self.plan()
+        last = QUICK_LAST_SECONDS
+        if self.options.only_a_folder():
+            last = FOLDER_LAST_SECONDS
         threads = torch.get_num_threads()
         try:
             with self._progress(len(steps) + 1) as advance:
@@ -127,8 +132,8 @@ class Session:
                 self.measure_limits()
                 for i, step in enumerate(steps):
                     advance(step.title)
-                    if self._hurried() and time.monotonic() - start > QUICK_LAST_SECONDS:
-                        self.run.skip(step.title, "the four minutes of --quick were over")
+                    if self._hurried() and time.monotonic() - start > last:
+                        self.run.skip(step.title, "the time of --quick was over")
                         continue
                     seconds = self._share(start, steps[i:])
                     rows = step.measure(seconds, None)
@@ -146,7 +151,8 @@ class Session:
         wanted = left[0].seconds
         if not self._hurried():
             return wanted
-        remaining = QUICK_SECONDS - (time.monotonic() - start)
+        whole = FOLDER_SECONDS if self.options.only_a_folder() else QUICK_SECONDS
+        remaining = whole - (time.monotonic() - start)
         return max(0.2, wanted * min(1.0, remaining / sum(step.seconds for step in left)))
 
     def _hurried(self) -> bool:
