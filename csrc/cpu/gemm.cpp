@@ -1,5 +1,6 @@
 #include "cpu/gemm.h"
 
+#include "cpu/neighbours.h"
 #include "cpu/pack.h"
 #include "cpu/parallel.h"
 
@@ -162,6 +163,8 @@ int multiply(const Term* terms, int count, int64_t I, int64_t J, Epilogue epilog
   if (I == 0 || J == 0) return FASTTX_OK;
   if (count == 1 && I <= FEW_STRETCHES && terms[0].b.row == 1 && terms[0].b.column != 1)
     return multiply_stretches(terms[0], I, J, epilogue, context);
+  if (count == 1 && I <= FEW && J >= FEWEST && terms[0].b.column == 1)
+    return multiply_few(terms[0], I, J, epilogue, context);
   int64_t packed = 0, lane_units = 0, K = 0;
   for (int t = 0; t < count; t++) {
     packed += broadcast_floats(terms[t].a, I, terms[t].K);
@@ -456,6 +459,19 @@ void few_rows(float* s, const Broadcast& x, int64_t M, const Operand& w, int64_t
       }
     }
   });
+}
+
+int multiply_few(const Term& term, int64_t I, int64_t J, Epilogue epilogue, void* context) {
+  float* memory = (float*)scratch(SCRATCH_SHARED, few_floats(term.a.dtype, I, term.K) * 4 + 64);
+  if (!memory) return FASTTX_NO_MEMORY;
+  const Broadcast a = pack_few(term.a, I, term.K, memory);
+  parallel_neighbours((J + LANES - 1) / LANES, num_workers(), [&](int64_t, int64_t item) {
+    const int64_t j = item * LANES, lanes = min64(LANES, J - j);
+    alignas(64) float s[FEW * LANES] = {};
+    few_rows(s, a, I, term.b, j, lanes, term.K);
+    epilogue(context, s, 0, I, j, lanes);
+  });
+  return FASTTX_OK;
 }
 
 }  // namespace fasttx::FASTTX_ISA

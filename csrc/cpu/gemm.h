@@ -76,6 +76,9 @@ int multiply(const Term* terms, int count, int64_t I, int64_t J, Epilogue epilog
 constexpr int64_t FEW_STRETCHES = 3;
 int multiply_stretches(const Term& term, int64_t I, int64_t J, Epilogue epilogue, void* context);
 
+// The same of few rows of a, and of b whose columns lie side by side and which has FEWEST rows at least.
+int multiply_few(const Term& term, int64_t I, int64_t J, Epilogue epilogue, void* context);
+
 // Where a sum over chunks of rows goes: the first chunk starts it, the last one rounds it to `out`.
 // sum: fp32 [I][J] between the two; unused where one chunk is all.
 struct Total {

@@ -2,7 +2,6 @@
 // in their natural layout need no packing; for a few tokens the sums themselves lie in lanes.
 #include "cpu/linear.h"
 
-#include "cpu/neighbours.h"
 #include "cpu/parallel.h"
 #include "cpu/strip.h"
 
@@ -27,20 +26,6 @@ void finish_columns(void* context, float* s, int64_t m, int64_t rows, int64_t n,
   apply_activation(a.activation, s, nullptr, rows, LANES / W);
   add_columns<T>(s, rows, count, matrix(a.residual), m, n);
   put_columns<T>(s, rows, count, matrix(a.out), m, n);
-}
-
-template <class T>
-int few_forward(const fasttx_linear& a, int64_t M, int64_t N, int64_t K) {
-  float* memory = (float*)scratch(SCRATCH_SHARED, few_floats(a.x.dtype, M, K) * 4 + 64);
-  if (!memory) return FASTTX_NO_MEMORY;
-  const Broadcast x = pack_few(matrix(a.x), M, K, memory);
-  parallel_neighbours((N + LANES - 1) / LANES, num_workers(), [&](int64_t, int64_t item) {
-    const int64_t n = item * LANES, count = min64(LANES, N - n);
-    alignas(64) float s[FEW * LANES] = {};
-    few_rows(s, x, M, matrix(a.weight), n, count, K);
-    finish_columns<T>((void*)&a, s, 0, M, n, count);
-  });
-  return FASTTX_OK;
 }
 
 // dpre = dout act'(pre), rounded to T.
@@ -108,9 +93,8 @@ int linear_fwd(const fasttx_linear& a) {
   int status = FASTTX_OK;
   with_type(a.x.dtype, [&](auto t) {
     typedef decltype(t) T;
-    if (M <= FEW && N >= FEWEST && a.weight.strides[1] == 1) {
-      status = few_forward<T>(a, M, N, K);
-    } else if (M <= TURNED_FEW && a.weight.strides[0] == 1 && a.weight.strides[1] != 1) {
+    const bool turned = a.weight.strides[0] == 1 && a.weight.strides[1] != 1;
+    if (turned ? M <= TURNED_FEW : M <= FEW && N >= FEWEST && a.weight.strides[1] == 1) {
       const Term term = {matrix(a.x), matrix(a.weight), K};
       status = multiply(&term, 1, M, N, finish_columns<T>, (void*)&a);
     } else {
