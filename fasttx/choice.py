@@ -22,6 +22,8 @@ import torch
 from . import choice_tables, machine
 from .kernel import Kernel, short
 
+_NUMBERS = (int, float, bool)
+MOST_KNOWN = 4096
 _DTYPES = {short(d): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
@@ -54,6 +56,44 @@ class Choice:
             elif isinstance(value, torch.Tensor) or value not in allowed:
                 return False
         return all(args[i] is not None and layout(args[i]) == how for i, how in self.layout)
+
+
+class Choices:
+    """An op's choices on a device. What was found for a call is kept by what the choices look at:
+    two microseconds, however many there are."""
+
+    def __init__(self, found: tuple[Choice, ...]):
+        self.all = found
+        self.shapes = sorted({i for c in found for i, *_ in c.sizes})
+        self.dtypes = sorted({i for c in found for i, _ in c.dtypes})
+        self.strides = sorted({i for c in found for i, _ in c.layout})
+        self.given = sorted({i for c in found for i, _ in c.given})
+        self.known: dict[tuple, Choice | None] = {}
+
+    def __call__(self, args: tuple) -> Choice | None:
+        """The first that fits."""
+        try:
+            key = (
+                torch.get_num_threads(),
+                *[args[i].shape for i in self.shapes],
+                *[args[i].dtype for i in self.dtypes],
+                *[args[i].stride() for i in self.strides],
+                *[
+                    v if type(v := args[i]) in _NUMBERS else v is not None and v is not False
+                    for i in self.given
+                ],
+            )
+            return self.known[key]
+        except (AttributeError, TypeError):  # no tensor where some choice has one; symbolic sizes
+            return self._first(args)
+        except KeyError:
+            if len(self.known) >= MOST_KNOWN:
+                self.known.clear()
+            found = self.known[key] = self._first(args)
+            return found
+
+    def _first(self, args: tuple) -> Choice | None:
+        return next((c for c in self.all if c.fits(args)), None)
 
 
 def size(t: torch.Tensor, dim: str) -> int:
@@ -137,7 +177,7 @@ def _tables_of(op: str, device: torch.device) -> tuple[tuple[dict, str], ...]:
 
 
 @functools.cache
-def _choices(op: str, device: torch.device, at: tuple[str, ...]) -> tuple[Choice, ...]:
+def _choices(op: str, device: torch.device, at: tuple[str, ...]) -> Choices:
     found = []
     for table, whose in _tables_of(op, device):
         if unknown := {n for e in table["ops"][op] for n in _named(e)} - set(at):
@@ -149,7 +189,7 @@ def _choices(op: str, device: torch.device, at: tuple[str, ...]) -> tuple[Choice
             )
             continue
         found += [_choice(entry, table, whose, at) for entry in table["ops"][op]]
-    return tuple(found)
+    return Choices(tuple(found))
 
 
 def _named(entry: dict) -> set[str]:
@@ -182,16 +222,17 @@ def _choice(entry: dict, table: dict, whose: str, at: tuple[str, ...]) -> Choice
     )
 
 
-def choices(op: str, device: torch.device, at: Mapping[str, int]) -> tuple[Choice, ...]:
-    """Every choice of an op on a device, in their order; at: its arguments' names."""
-    # Most ops have none anywhere: that is known without the names.
-    return _choices(op, device, tuple(at)) if _tables_of(op, device) else ()
+def choices(op: str, device: torch.device, at: Mapping[str, int]) -> Choices | None:
+    """Every choice of an op on a device, in their order; at: its arguments' names. None where there
+    is none, which is known without the names."""
+    found = _choices(op, device, tuple(at)) if _tables_of(op, device) else None
+    return found if found and found.all else None
 
 
 def chosen(op: str, args: tuple, at: Mapping[str, int]) -> Choice | None:
     """The choice that fits a call; None where nothing was measured for it."""
     found = choices(op, args[0].device, at)
-    return next((c for c in found if c.fits(args)), None) if found else None
+    return found(args) if found else None
 
 
 def fastest(op: str, args: tuple, at: Mapping[str, int]) -> str | None:
@@ -213,15 +254,12 @@ def asked(op, call: Callable | None) -> Callable | None:
     gives NotImplemented for what they give to another kernel."""
     found = choices(op.name, torch.device("cpu"), op.at)
     first = op.tables["cpu"][0].backend
-    others = [c for c in found if c.backend != first]
-    if call is None or not others:
+    if call is None or found is None or all(c.backend == first for c in found.all):
         return call
 
     def choosing(args: tuple):
-        for each in found:
-            if each.fits(args):
-                return call(args) if each.backend == first else NotImplemented
-        return call(args)
+        best = found(args)
+        return call(args) if best is None or best.backend == first else NotImplemented
 
     return choosing
 

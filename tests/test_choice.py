@@ -147,6 +147,39 @@ def test_a_direct_call_of_an_op_without_choices_is_as_before(measured):
     assert type(call).__name__ == "builtin_function_or_method"
 
 
+def test_what_was_found_for_a_call_is_kept(measured, monkeypatch):
+    """Calls that differ in nothing that an entry looks at are looked up once."""
+    measured(table(*[ENTRY | {"sizes": {"x.rows": [n, n]}} for n in range(4, 40)]))
+    found = choice.choices("linear_fwd", torch.device("cpu"), linear_fwd.at)
+    looked = []
+    first = choice.Choices._first
+    monkeypatch.setattr(
+        choice.Choices, "_first", lambda self, args: looked.append(args) or first(self, args)
+    )
+
+    def ask(rows, weight=W, residual=None, activation=0):
+        x = torch.randn(rows, 8).bfloat16()
+        return found((x, weight, None, residual, activation, False)) is not None
+
+    calls = [
+        ((6,), True),
+        ((3,), False),
+        ((6, W.t().contiguous().t()), False),
+        ((6, W, torch.randn(6, 4).bfloat16()), False),
+        ((6, W, None, 2), False),
+        ((6, None), False),
+    ]
+    for _ in range(2):
+        for call, fits in calls:
+            assert ask(*call) is fits
+    assert len(looked) == 7  # a call without a weight is never kept
+    monkeypatch.setattr(choice, "MOST_KNOWN", 3)
+    for rows in range(50, 60):
+        assert not ask(rows)
+    assert len(found.known) <= 3
+    assert ask(6)
+
+
 def test_gradients_and_compiled_calls_follow_the_choice(measured):
     entry = ENTRY | {"given": {}, "sizes": {}, "layout": {}}
     measured(table(entry, op="linear_bwd", ops={"linear_fwd": [entry], "linear_bwd": [entry]}))
