@@ -6,7 +6,8 @@ Made of the corpus's tags (examples/brown.py): where a clause begins with a name
 the verb and what follows up to the next punctuation is a question, the name its answer, the
 sentence and others around it, 90 words or more, the passage: "who awaited William at the officers'
 club ?". The words of a question stand in its passage, so that this asks for finding and for cutting
-out, not for knowledge. Every tenth text is held out; of these, passages of three different names or
+out, not for knowledge. With --apart the passage lacks the sentence: the name must be told from what
+else is said of it. Every tenth text is held out; of these, passages of three different names or
 more are asked about. The result is the share of answers that are exactly right, and the F1 of their
 words; the baselines are a random span of at most four words, a random name of the passage, its
 first and its most frequent name, and the place (first and last word) most often right in training.
@@ -26,7 +27,7 @@ from fasttx.training import AnswerSpans, Tokenizer, predict
 VERBS = {"vbd", "vbz", "bedz", "bez", "hvd", "hvz", "md", "dod", "doz"}
 BEFORE = {".", ",", ":", "--", "``", "cc", "cs", "wrb"}
 STOPS = {".", ",", ":", "--", "``", "''", "(", ")"}
-PASSAGE, NAMES = 90, 3
+NAMES = 3
 LENGTH = 224
 
 
@@ -85,31 +86,38 @@ def asked(sentence: Sentence) -> Iterator[tuple[str, tuple[int, int]]]:
             yield " ".join(["who", *rest, "?"]), (first, end)
 
 
-def questions(texts: list, least: int = 1, seed: int = 0) -> list[Question]:
-    """All that can be asked, with passages drawn around their sentences, shuffled. least: different
-    names in a passage."""
+def questions(
+    texts: list, least: int = 1, *, passage: int = 90, apart: bool = False, seed: int = 0
+) -> list[Question]:
+    """All that can be asked, with passages of `passage` words or more drawn around their sentences,
+    shuffled. least: different names in a passage. apart: the passage lacks the sentence that was
+    asked about, and the answer is the nearest other mention of the name, where there is one."""
     rng, found = random.Random(seed), []
     for document in texts:
         sentences = [sentence for paragraph in document for sentence in paragraph]
         for i, sentence in enumerate(sentences):
             for text, (first, end) in asked(sentence):
-                low, high = _around(sentences, i, rng)
+                low, high = _around(sentences, i, passage, rng)
                 before = sum(map(len, sentences[low:i]))
-                whole = [pair for s in sentences[low:high] for pair in s]
+                around = [s for j, s in enumerate(sentences[low:high], low) if j != i or not apart]
+                whole = [pair for s in around for pair in s]
                 words = tuple('"' if word in ("``", "''") else word for word, _ in whole)
                 runs = tuple(names(whole))
                 answer = (before + first, before + end)
-                distinct = {words[a:b] for a, b in runs}
-                if answer in runs and len(distinct) >= least:
+                if apart:
+                    name = [word for word, _ in sentence[first:end]]
+                    same = [run for run in runs if list(words[run[0] : run[1]]) == name]
+                    answer = min(same, key=lambda run: abs(run[0] - before), default=None)
+                if answer in runs and len({words[a:b] for a, b in runs}) >= least:
                     found.append(Question(text, words, runs, answer))
     rng.shuffle(found)
     return found
 
 
-def _around(sentences: list[Sentence], at: int, rng: random.Random) -> tuple[int, int]:
-    """(low, high): sentence `at` and neighbours on sides that are drawn, PASSAGE words or more."""
+def _around(sentences: list[Sentence], at: int, least: int, rng: random.Random) -> tuple[int, int]:
+    """(low, high): sentence `at` and neighbours on sides that are drawn, `least` words or more."""
     low, high = at, at + 1
-    while sum(map(len, sentences[low:high])) < PASSAGE and (low > 0 or high < len(sentences)):
+    while sum(map(len, sentences[low:high])) < least and (low > 0 or high < len(sentences)):
         if high == len(sentences) or (low > 0 and rng.random() < 0.5):
             low -= 1
         else:
@@ -173,6 +181,8 @@ def by_model(model, test: AnswerSpans) -> list[str]:
 
 def main(arguments: list[str] | None = None, texts: dict | None = None) -> dict:
     parser = options(__doc__, "runs/answers", layers=6, epochs=2, batch_size=16, learning_rate=2e-4)
+    parser.add_argument("--passage", type=int, default=90, help="words, or more")
+    parser.add_argument("--apart", action="store_true", help="passages without the sentence asked")
     given = parser.parse_args(arguments)
     try:
         texts = documents() if texts is None else texts
@@ -180,8 +190,10 @@ def main(arguments: list[str] | None = None, texts: dict | None = None) -> dict:
     except Unavailable as why:
         sys.exit(f"the corpus or the model cannot be had: {why}")
     tokenizer = Tokenizer.load(path)
-    train, test = (short(tokenizer, questions(part, least))
-                   for part, least in zip(parted(texts), (1, NAMES), strict=True))  # fmt: skip
+    train, test = (
+        short(tokenizer, questions(part, least, passage=given.passage, apart=given.apart))
+        for part, least in zip(parted(texts), (1, NAMES), strict=True)
+    )
     model = load(path, "question_answering", trained=given.layers)
     result, seconds = tune(model, examples(tokenizer, train), given.output, tokenizer, given)
     guesses = by_model(model, examples(tokenizer, test))

@@ -123,6 +123,10 @@ def test_questions_are_asked_of_clauses(example):
     assert question.passage[first:end] == "Cora Dee" and question.passage.startswith("Ann told Bob")
     assert '" Cora Dee left the town in spring " .' in question.passage
     assert len(question.names) == 3
+    after = [("Cora", "np"), ("Dee", "np"), ("smiled", "vbd"), (".", ".")]
+    (question,) = answers.questions([[[told, after]]], apart=True)
+    assert question.passage == "Cora Dee smiled ." and question.span == (0, 8)
+    assert answers.questions([[[told]]], apart=True) == []
     assert answers.scores(["cora", "Cora Dee"], [question] * 2) == {
         "exact": 1 / 2,
         "f1": pytest.approx(5 / 6),
