@@ -39,7 +39,7 @@ def test_a_slice_is_learned_and_asked(family, example, psalms, tmp_path, capsys)
     assert found["nats"] < characters < 3.1
     printed = capsys.readouterr().out
     assert all(f"{prompt}|" in printed for prompt in language.PROMPTS)
-    assert "nats a character of 778 held out; 30 steps" in printed
+    assert "nats a character of 778 held out, xz " in printed and "; 30 steps" in printed
     asked = ["--model", str(tmp_path / "model"), "--text", "I will praise thee,",
              "--answers", " O LORD", " xylophone"]  # fmt: skip
     answers = example("zero_shot").main(asked)
