@@ -37,7 +37,7 @@ def example() -> Run:
                 high_s=1.02 * median, samples=9, coverage=0.96, converged=True,
                 first_call_s=0.2, warmup_s=0.4, cold_s=3.0, tokens=1024,
                 tokens_per_s=1024 / median, peak_bytes=(60 if ours else 100) << 20,
-                rate=1e11 * ratio, flops=5_000_000_000, share=0.3 * ratio, share_of="matrix product",
+                rate=1e11 * ratio, flops=5_000_000_000, share=0.3 * ratio, share_of="product",
                 error=1e-6, ok=not wrong, why="out: far off" if wrong else "",
             )  # fmt: skip
             if not wrong:
