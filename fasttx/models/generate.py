@@ -211,8 +211,6 @@ def _defaults(config) -> dict:
     if config.generation:
         return config.generation
     legacy = {n: v for n, v in config.source.items() if n in _LEGACY}
-    if config.family == "bart":
-        legacy.setdefault("forced_eos_token_id", 2)
     tokens = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
     return legacy | {n: getattr(config, n) for n in tokens}
 

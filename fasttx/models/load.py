@@ -69,6 +69,8 @@ def create(family: str, head: str, *, device=None, dtype=None, **options) -> Bas
     """A model with initial values, in training mode. family: one of fasttx.models.FAMILIES, or
     "transformer", the original encoder-decoder; options: of its config, in Hugging Face's words."""
     kind, values = families.PRESETS.get(family, (family, {}))
+    if kind == "bart":  # as transformers' config has it; a folder without the key has none
+        values = {"forced_eos_token_id": 2}
     config = families.configured({**values, **options, "model_type": kind})
     return build(config, head, device=device, dtype=dtype)
 
