@@ -52,7 +52,7 @@ def linear_bwd(dx, dweight, dbias, x, weight, pre, dout, activation, need):
         if need & 1:
             torch.mm(dpre, weight, out=dx)
         if need & 2:
-            dweight.copy_(torch.mm(dpre.t(), x))
+            torch.mm(dpre.t(), x, out=dweight)
         if need & 4:
             torch.sum(dpre, 0, out=dbias)
 
@@ -89,14 +89,14 @@ def ffn_bwd(
             if gated:
                 dx.addmm_(dgate, w_gate)
         if need & 2:
-            dw1.copy_(torch.mm(dpre.t(), x))
+            torch.mm(dpre.t(), x, out=dw1)
         if need & 4:
             torch.sum(dpre, 0, out=db1)
         if need & 8:
-            dw2.copy_(torch.mm(dout.t(), value * pre_gate if gated else value))
+            torch.mm(dout.t(), value * pre_gate if gated else value, out=dw2)
         if need & 16:
             torch.sum(dout, 0, out=db2)
         if need & 32:
-            dw_gate.copy_(torch.mm(dgate.t(), x))
+            torch.mm(dgate.t(), x, out=dw_gate)
         if need & 64:
             torch.sum(dgate, 0, out=db_gate)
