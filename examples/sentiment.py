@@ -19,7 +19,7 @@ import sys
 import torch
 from minilm import cpu_time, folder, load, options, tune
 from packages import Unavailable, pypi_file
-from torch import nn
+from torch import Tensor, nn
 
 from fasttx.models import Output
 from fasttx.training import Rows, TextLabels, Tokenizer, fit, predict
@@ -64,28 +64,53 @@ def naive_bayes(rest: list[tuple[str, int]], held: list[tuple[str, int]]) -> flo
     return sum(g == c for g, (_, c) in zip(guesses, held, strict=True)) / len(held)
 
 
+class MeanPooled(nn.Module):
+    """A class by the mean of an encoder's hidden states, which is how MiniLM was trained to be
+    read. encoder: of a fasttx.models.BaseModel, with its config."""
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder, self.config = encoder, encoder.config
+        self.head = nn.Linear(self.config.d_model, len(CLASSES))
+
+    def pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        real = attention_mask[..., None]
+        hidden = self.encoder(input_ids, attention_mask)
+        return (hidden * real).sum(1) / real.sum(1)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+    ) -> Output:
+        return classified(self.head, self.pooled(input_ids, attention_mask), labels)
+
+
 class HeadAlone(nn.Module):
-    """The head of a model on hidden states that are known."""
+    """The head of a model on pooled states that are known."""
 
     def __init__(self, head: nn.Module):
         super().__init__()
         self.head = head
 
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> Output:
-        logits = self.head(hidden)
-        return Output(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
+    def forward(self, pooled: Tensor, labels: Tensor) -> Output:
+        return classified(self.head, pooled, labels)
 
 
-def first_hidden(model, examples: TextLabels, batch_size: int = 128) -> list[dict]:
-    """The last hidden state of each text's first token, what the head reads; and its label."""
+def classified(head: nn.Module, pooled: Tensor, labels: Tensor | None) -> Output:
+    logits = head(pooled)
+    loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+    return Output(loss=loss, logits=logits)
+
+
+def pooled_rows(model: MeanPooled, examples: TextLabels, batch_size: int = 128) -> list[dict]:
+    """What the head reads of each text, and its label."""
     found = []
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for start in range(0, len(examples), batch_size):
             batch = examples.batch(range(start, min(start + batch_size, len(examples))))
-            hidden = model(**batch).hidden[:, 0].clone()
-            found += [{"hidden": h, "labels": c} for h, c in
-                      zip(hidden, batch["labels"], strict=True)]  # fmt: skip
+            states = model.pooled(batch["input_ids"], batch["attention_mask"]).float()
+            found += [{"pooled": x, "labels": c} for x, c in
+                      zip(states, batch["labels"], strict=True)]  # fmt: skip
     return found
 
 
@@ -110,15 +135,15 @@ def main(arguments: list[str] | None = None, pairs: list[tuple[str, int]] | None
     train, test = (TextLabels(tokenizer, *zip(*part, strict=True), LENGTH, cut=True)
                    for part in (rest, held))  # fmt: skip
     found = {"naive Bayes": naive_bayes(rest, held)}
-    model = load(path, "sequence_classification", trained=given.layers, num_labels=2)
+    model = MeanPooled(load(path, "base", trained=given.layers).transformer)
     spent = cpu_time()
     fit(
         HeadAlone(model.head),
-        Rows(first_hidden(model, train)),
+        Rows(pooled_rows(model, train)),
         f"{given.output}/head",
         epochs=10,
         batch_size=min(256, len(train)),
-        learning_rate=3e-3,
+        learning_rate=3e-2,
     )
     found["frozen"], found["frozen seconds"] = accuracy(model, test), spent()
     result, found["tuned seconds"] = tune(model, train, f"{given.output}/tuned", tokenizer, given)
