@@ -128,9 +128,11 @@ def tables() -> Tables:
     if os.environ.get("FASTTX_TUNE") == "0":
         return Tables((), ())
     committed = tuple(choice_tables.read(choice_tables.COMMITTED.read_text()))
-    path = choice_tables.user_file()
     try:
+        path = choice_tables.user_file()
         return Tables(committed, tuple(choice_tables.read_user(path)))
+    except FileNotFoundError:  # a user without a home
+        return Tables(committed, ())
     except ValueError as error:
         damaged = f"{path} is ignored: {error}. `fasttx tune` writes it anew"
         warnings.warn(damaged, RuntimeWarning, stacklevel=2)
@@ -172,8 +174,8 @@ def _tables_of(op: str, device: torch.device) -> tuple[tuple[dict, str], ...]:
         for t in found.committed
         if op in t["ops"] and t["threads"] not in measured and counts(t, here, False)
     ]
-    path = choice_tables.user_file()
-    return *((t, str(path)) for t in users), *((t, "fasttx's own table") for t in committed)
+    path = str(choice_tables.user_file()) if users else ""
+    return *((t, path) for t in users), *((t, "fasttx's own table") for t in committed)
 
 
 @functools.cache

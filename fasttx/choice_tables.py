@@ -36,11 +36,16 @@ _SIZE = re.compile(r"[a-z_0-9]+\.(-?\d|rows|numel)")
 
 
 def cache_folder() -> Path:
-    """FASTTX_CACHE, else fasttx in XDG_CACHE_HOME, else ~/.cache/fasttx."""
+    """FASTTX_CACHE, else fasttx in XDG_CACHE_HOME, else ~/.cache/fasttx. OSError where the user has
+    no home."""
     if chosen := os.environ.get("FASTTX_CACHE"):
         return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fasttx"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "fasttx"
+    try:
+        return Path.home() / ".cache" / "fasttx"
+    except RuntimeError as error:
+        raise FileNotFoundError(f"set FASTTX_CACHE: {error}") from None
 
 
 def user_file() -> Path:

@@ -391,7 +391,10 @@ def _choices():
                 + ("" if used else " (of another machine or version: not used)"),
             )
     if not found.users and not found.damaged:
-        yield "yours", f"none at {choice_tables.user_file()}: `fasttx tune` measures"
+        try:
+            yield "yours", f"none at {choice_tables.user_file()}: `fasttx tune` measures"
+        except OSError as error:
+            yield "yours", f"none: {error}"
 
 
 if __name__ == "__main__":

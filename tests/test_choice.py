@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fasttx
-from fasttx import choice, choice_tables, machine
+from fasttx import choice, choice_tables, cli, machine
 from fasttx.op import OPS
 from fasttx.ops.linear import linear_fwd
 
@@ -299,6 +299,18 @@ def test_what_others_can_write_is_ignored(measured):
     choice.forget()
     with pytest.warns(RuntimeWarning, match="is ignored"):
         assert chosen() == "cpu"
+
+
+def test_a_user_without_a_home(measured, monkeypatch):
+    def homeless():
+        raise RuntimeError("could not determine home directory.")
+
+    monkeypatch.delenv("FASTTX_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(choice_tables.Path, "home", homeless)
+    measured(table(ENTRY))
+    assert chosen() == "torch"
+    assert "set FASTTX_CACHE" in dict(cli._choices())["yours"]
 
 
 def test_an_argument_that_an_op_lacks_is_ignored_with_a_warning(measured):
