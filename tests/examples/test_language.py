@@ -16,16 +16,6 @@ def psalms() -> list[str]:
     return SLICE.read_text(encoding="utf-8").strip().split("\n\n")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("family", ["gpt2", "bloom"])
 def test_a_slice_is_learned_and_asked(family, example, psalms, tmp_path, capsys):
     """Better than the frequencies of characters after seconds; the folder answers questions."""
