@@ -138,7 +138,7 @@ inline bool rows_by_eight(const fasttx_tensor& t) {
   return even && reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
 }
 
-constexpr int SOFTMAX_STAGED = 96 << 10;  // bytes of shared memory for a row or tile, at most
+constexpr size_t SOFTMAX_SHARED = 99 << 10;  // bytes of a block, on every card from sm_80 on
 
 // A tile of rows whose neighbours lie side by side: eight threads by eight rows, 32 by columns.
 constexpr int TILE_ROWS = 64, TILE_COLUMNS = 32;

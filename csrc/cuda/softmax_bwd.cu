@@ -273,14 +273,14 @@ int rows(Softmax p, void* stream) {
                   p);
   if (tile) {
     const size_t scratch = TILE_COLUMNS * TILE_ROWS * 4, both = size_t{TILE_ROWS} * 4 * p.N;
-    p.staged = both <= SOFTMAX_STAGED;
+    p.staged = scratch + both <= SOFTMAX_SHARED;
     const int64_t tiles = (a.x.sizes[2] + TILE_ROWS - 1) / TILE_ROWS;
     return launch(softmax_bwd_tile,
                   dim3(static_cast<unsigned>(a.x.sizes[0] * a.x.sizes[1] * tiles)), 256,
                   scratch + (p.staged ? both : 0), stream, p);
   }
   const size_t both = size_t(p.N) * 8;
-  p.staged = both <= SOFTMAX_STAGED;
+  p.staged = 128 + both <= SOFTMAX_SHARED;
   const int threads = p.N <= 1024 ? 64 : p.N <= 4096 ? 128 : 512;
   return launch(softmax_bwd_any, dim3(static_cast<unsigned>(p.rows)), threads,
                 128 + (p.staged ? both : 0), stream, p);

@@ -255,14 +255,14 @@ int forward(Softmax p, void* stream) {
                   p);
   if (p.N > 1 && rows_by_eight(a.x) && rows_by_eight(a.out)) {
     const size_t scratch = TILE_COLUMNS * TILE_ROWS * 4, tile = size_t{TILE_ROWS} * 2 * p.N;
-    p.staged = tile <= SOFTMAX_STAGED;
+    p.staged = scratch + tile <= SOFTMAX_SHARED;
     const int64_t tiles = (a.x.sizes[2] + TILE_ROWS - 1) / TILE_ROWS;
     return launch(softmax_fwd_tile,
                   dim3(static_cast<unsigned>(a.x.sizes[0] * a.x.sizes[1] * tiles)), 256,
                   scratch + (p.staged ? tile : 0), stream, p);
   }
   const size_t row = (size_t(p.N) + 24) * 4;
-  p.staged = row <= SOFTMAX_STAGED;
+  p.staged = 128 + row <= SOFTMAX_SHARED;
   const int threads = p.N <= 1024 ? 64 : p.N <= 4096 ? 128 : 512;
   return launch(softmax_fwd_any, dim3(static_cast<unsigned>(p.rows)), threads,
                 128 + (p.staged ? row : 0), stream, p);

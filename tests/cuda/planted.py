@@ -38,6 +38,9 @@ class Planted:
             if bug.old.endswith(";"):
                 changed = f"if ({chosen}) {{ {bug.new} }} else {{ {bug.old} }}"
             texts[bug.path] = texts[bug.path].replace(bug.old, changed)
+        for file in folder.rglob("*"):  # of other bugs, earlier
+            if file.is_file() and file.relative_to(folder).as_posix() not in texts:
+                file.unlink()
         for path, text in texts.items():
             file = folder / path
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from tests.ops import test_softmax as ops
 from tests.ops.test_softmax import CASES, Case, additive, holes
 
 from .cases import named, selected
-from .emulated import mode, traffic
+from .emulated import card, mode, traffic
 
 CAUSAL = {"is_causal": "lower_right"}
 MORE = [
@@ -160,6 +160,19 @@ def test_every_element_moves_once(shape, dim):
         assert forward.narrow == backward.narrow == 0
     else:  # up to seven numbers at each end of a row
         assert max(forward.narrow, backward.narrow) <= 3 * shape[0] * 14 * 2
+
+
+@pytest.mark.parametrize("n", [364, 372, 728, 760])
+def test_tiles_keep_what_shared_memory_holds(n):
+    """Of cards of which a block may have 99 KiB; a tile of more columns is read twice."""
+    x, g = torch.randn(n, 8).bfloat16(), torch.randn(n, 8).bfloat16()
+    args = (x.t(), None, 1.0, False, False, False)
+    with card(80):
+        y = softmax_fwd(*args, False, backend="cuda")
+        dx, _ = softmax_bwd(g.t(), y, *args, 1, backend="cuda")
+    torch.testing.assert_close(y, softmax_fwd(*args, False, backend="reference"))
+    expected, _ = softmax_bwd(g.t(), y, *args, 1, backend="reference")
+    torch.testing.assert_close(dx, expected, atol=1e-4, rtol=1e-2)
 
 
 def test_what_is_hidden_by_causal_is_not_read():

@@ -142,7 +142,7 @@ namespace fasttx {
 template <class Arguments>
 int launch(void (*kernel)(Arguments), dim3 grid, int threads, size_t shared, void*,
            const Arguments& arguments) {
-  return emulator::run({grid, dim3(threads), shared, emulator::MAX_SHARED},
+  return emulator::run({grid, dim3(threads), shared, emulator::most_shared()},
                        [&] { kernel(arguments); });
 }
 template <class Arguments>

@@ -321,7 +321,7 @@ int run(const Launch& launch, const std::function<void()>& kernel) {
   if (!g.x || !g.y || !g.z || g.x > 2147483647u || g.y > 65535 || g.z > 65535)
     return refuse("a grid of (" + std::to_string(g.x) + ", " + std::to_string(g.y) + ", " +
                   std::to_string(g.z) + ") blocks");
-  if (launch.shared > launch.shared_allowed || launch.shared > MAX_SHARED)
+  if (launch.shared > launch.shared_allowed)
     return refuse(std::to_string(launch.shared) + " bytes of shared memory, allowed were " +
                   std::to_string(launch.shared_allowed));
   while (stacks.size() < threads) stacks.push_back(new_stack());

@@ -19,7 +19,6 @@ struct dim3 {
 namespace emulator {
 
 constexpr int WARP = 32, WARPGROUP = 128, BARRIERS = 16;
-constexpr size_t MAX_SHARED = 227 << 10;
 
 using Action = std::function<void()>;
 
@@ -149,6 +148,8 @@ void mbarrier_progress(MBarrier& m);
 // Asynchronous work: when nothing else can go on, or now: always if eager, sometimes with a seed.
 void land(Action action);
 
+// Of a block, at most, on the card: what is for sm_80 also serves 8.6, 8.9 and 12.0, which have less.
+inline size_t most_shared() { return (compute_capability == 90 ? 227 : 99) << 10; }
 // Of a thread, at most, where a block of so many is alone on its multiprocessor.
 int launched_registers(int threads);
 
