@@ -67,7 +67,7 @@ def compare(
         row.set_verdict(contender.verdict)
         if group.tokens is not None:
             row.set_tokens(group.tokens)
-        row.notes.extend([*contender.notes, *group.notes])
+        row.notes.extend([*group.notes, *contender.notes])
         rows.append(row)
     set_ratios(rows, timings, group.base)
     return rows

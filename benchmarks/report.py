@@ -127,8 +127,10 @@ def table(rows: Iterable[Row], title: str = "", memory: bool = False) -> Text:
         )
         for row in members:
             line = _line(_cells(row))
-            if memory:
-                line.append(f"peak {size(row.peak_bytes)}")
+            if memory or row.peak_bytes is not None:
+                line.append(f"peak {size(row.peak_bytes)} ")
+            for name, value in (("cold start", row.cold_s), ("compiled in", row.compile_s)):
+                line.append("" if value is None else f"{name} {seconds(value)} ", style="dim")
             lines.append(line)
     return Text("\n").join(lines)
 

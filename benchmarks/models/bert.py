@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..contest import Contender, Group, compare
 from ..gate import Error, Verdict, judge
-from ..harness import clock_for, interleave
 from ..ops.attention_case import DTYPES
-from ..rows import Row, Run, set_ratios
+from ..rows import Row, Run
 from .sentences import SENTENCES, paragraphs
 
 NAME = "bert"
@@ -139,27 +139,23 @@ class Bench:
     ) -> list[Row]:
         batch = self.source.batches[batch_name]
         verdicts = self.verdicts(batch_name, direction == "step")
-        calls = {name: _call(model, batch, direction) for name, model in self.models.items()}
-        timings = interleave(calls, clock_for(self.device, threads), budget_s, on_round=on_round)
-        flops = _flops(self.models["sdpa"], batch, direction)
+        contenders = {
+            name: Contender(LABELS[name], _call(model, batch, direction), verdicts[name])
+            for name, model in self.models.items()
+        }
+        notes = list(self.source.notes)
+        if direction == "step":
+            notes.append("timed with the model's own dropout, checked without it")
         gap = self.similarity_gap(batch)
-        rows = []
-        for name, timing in timings.items():
-            row = Row(
-                "model", NAME, f"{self.source.title}, {batch_name}", direction, name, LABELS[name],
-                self.dtype, str(self.device), threads, timing.clock, _shape(batch), _facts(batch),
-            )  # fmt: skip
-            row.set_timing(timing)
-            row.set_rate(flops, self.run.limits_for(str(self.device), threads))
-            row.set_verdict(verdicts[name])
-            row.notes.extend(self.source.notes)
-            if direction == "step":
-                row.notes.append("timed with the model's own dropout, checked without it")
-            if name == "fasttx" and gap is not None:
-                row.notes.append(f"cosine similarities within {gap:.1e} of the unpatched model's")
-            rows.append(row)
-        set_ratios(rows, timings, BASE)
-        return rows
+        if gap is not None:
+            told = f"cosine similarities within {gap:.1e} of the unpatched model's"
+            contenders["fasttx"].notes.append(told)
+        group = Group(
+            "model", NAME, f"{self.source.title}, {batch_name}", direction, self.dtype, BASE,
+            _shape(batch), _facts(batch), flops=_flops(self.models["sdpa"], batch, direction),
+            tokens=int(batch["attention_mask"].sum()), notes=notes,
+        )  # fmt: skip
+        return compare(group, contenders, self.device, threads, budget_s, self.run, on_round)
 
 
 def max_error(a: Error, b: Error) -> Error:

@@ -97,6 +97,8 @@ def test_a_folder_is_a_target(tmp_path):
         asked.targets(["model", str(tmp_path)])
     (tmp_path / "config.json").write_text("{}")
     assert asked.targets([str(tmp_path)])["models"] == (str(tmp_path),)
+    assert asked.Options(**asked.targets([str(tmp_path)])).only_a_folder()
+    assert not asked.Options(**asked.targets(["gpt2", str(tmp_path)])).only_a_folder()
     both = asked.targets(["model", "t5", "op", "rope"])
     assert (both["ops"], both["models"]) == (("rope",), ("t5",))
 

@@ -4,12 +4,10 @@ leave the rows they name, a click on a column sorts."""
 import itertools
 
 import pytest
-from fasttx.benchmarks import html
+from fasttx.benchmarks import html, report
 from fasttx.benchmarks.rows import Row, Run
 
 from tests.inspect.test_browser import BROWSER, run
-
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no headless browser is installed")
 
 KINDS = {
     "op": ("attention", "encoder B8 H12 S128 D64", "forward", ("fasttx", "sdpa", "eager")),
@@ -50,6 +48,16 @@ def example() -> Run:
     return found
 
 
+def test_what_patching_gains_is_a_line_a_dtype():
+    lines = report.gains(example())
+    assert len(lines) == 2
+    assert lines[0] == (
+        "bert-base fp32, 1 thr.: training step 8 x 128 50 ms -> 26.3 ms, 1.90x; "
+        "its peak memory 100.0 MiB -> 60.0 MiB, 60 %"
+    )
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no headless browser is installed")
 def test_filters_and_columns(tmp_path):
     seen = run(html.render(example()), """
 const choose = (name, value) => { const s = document.querySelector(`select[name="${name}"]`);
