@@ -10,8 +10,10 @@ the time now, with its interval: above 1, fasttx has become faster.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,6 +33,7 @@ from .rows import Row, Run, set_ratios
 from .session import Session, Step
 
 ROOT = Path(__file__).resolve().parent.parent
+BUILT_BY = ("CXX", "FASTTX_NATIVE", "FASTTX_CUDA", "FASTTX_CUDA_ARCHS", "FASTTX_NVCC")
 KEPT = 4  # builds in the cache
 PAIRS = 2  # of processes: where memory lies is a process's luck
 # Freed memory is kept, so that page faults, which come with a process's history, do not decide.
@@ -74,7 +77,9 @@ def built(commit: str, console: Console) -> Path:
     """A folder with that commit's fasttx, built; UsageError with the compiler's last words."""
     home = choice_tables.cache_folder() / "base"
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    tag = f"{commit[:12]}-{sys.implementation.cache_tag}-torch{torch.__version__}"
+    how = repr([os.environ.get(name) for name in BUILT_BY])
+    versions = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+    tag = f"{commit[:12]}-{versions}-{hashlib.sha256(how.encode()).hexdigest()[:8]}"
     folder = home / tag
     if folder.is_dir():
         os.utime(folder)
@@ -83,12 +88,9 @@ def built(commit: str, console: Console) -> Path:
     partly = Path(tempfile.mkdtemp(dir=home, prefix=f".{tag}-"))
     try:
         _take_out(commit, partly)
-        done = subprocess.run(
-            [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=partly, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
-        )  # fmt: skip
-        if done.returncode:
-            last = " | ".join(done.stdout.strip().splitlines()[-5:])
+        status, told = _run([sys.executable, "setup.py", "build_ext", "--inplace"], partly)
+        if status:
+            last = " | ".join(told.strip().splitlines()[-5:])
             raise UsageError(f"--base: {commit[:12]} does not build here: {last}")
         shutil.rmtree(partly / "build", ignore_errors=True)
         with contextlib.suppress(OSError):  # somebody else built it meanwhile
@@ -99,6 +101,21 @@ def built(commit: str, console: Console) -> Path:
     for each in old[:-KEPT]:
         shutil.rmtree(each, ignore_errors=True)
     return folder
+
+
+def _run(command: list[str], folder: Path) -> tuple[int, str]:
+    """Exit status and output. Interrupted, it takes the compilers with it."""
+    process = subprocess.Popen(
+        command, cwd=folder, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        told, _ = process.communicate()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        raise
+    return process.returncode, told
 
 
 def _take_out(commit: str, folder: Path) -> None:

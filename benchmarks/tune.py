@@ -82,9 +82,12 @@ def execute(options: Options, console: Console) -> list[dict]:
             table = _table(device, threads)
             measured.append(table)
             for name in names:
-                found = _measure_op(name, options, device, threads or 1, console)
+                found: Races = {}
+                try:
+                    _measure_op(name, options, device, threads or 1, console, found)
+                finally:
+                    races += _told(found, threads)
                 table["ops"] |= {op: entries(classes) for op, classes in found.items()}
-                races += _told(found, threads)
     except KeyboardInterrupt:
         console.print("interrupted: ops that were not finished are left out", highlight=False)
     finally:
@@ -148,9 +151,10 @@ def entries(classes: dict[str, list[Race]]) -> list[dict[str, Any]]:
     return [each for each in found if each is not None]
 
 
-def _measure_op(name: str, options: Options, device, threads: int, console) -> Races:
-    """The races of the calls that more than one backend can run."""
-    races: Races = {}
+def _measure_op(
+    name: str, options: Options, device, threads: int, console: Console, races: Races
+) -> None:
+    """Adds the races of the calls that more than one backend can run."""
     for dtype in options.dtypes:
         for case in options.cases(name, dtype) if options.cases else grid.cases(name, dtype):
             if options.quick and _large(case):
@@ -173,7 +177,6 @@ def _measure_op(name: str, options: Options, device, threads: int, console) -> R
             gc.collect()
     if not races:
         console.print(f"{name}: one kernel runs it on {device.type}, nothing to choose")
-    return races
 
 
 def _large(case) -> bool:

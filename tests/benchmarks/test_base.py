@@ -45,7 +45,7 @@ def checkout(monkeypatch, tmp_path):
     return root
 
 
-def test_a_commit_is_built_once(checkout):
+def test_a_commit_is_built_once(checkout, monkeypatch):
     folder = base.built(base.commit_of("good"), QUIET)
     assert (folder / "made").read_text() == "once"
     assert not (folder / "build").exists()
@@ -53,6 +53,8 @@ def test_a_commit_is_built_once(checkout):
     assert base.built(base.commit_of("good"), QUIET) == folder
     assert (folder / "made").read_text() == "twice"
     assert [f.name for f in folder.parent.iterdir()] == [folder.name]
+    monkeypatch.setenv("CXX", "another compiler")
+    assert base.built(base.commit_of("good"), QUIET) != folder
 
 
 def test_a_commit_that_does_not_build(checkout):

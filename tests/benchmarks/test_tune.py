@@ -213,13 +213,18 @@ def test_a_damaged_file_is_written_anew(linear):
     assert choice_tables.read_user(path)
 
 
-def test_interrupted(linear, monkeypatch):
-    def stop(*args):
-        raise KeyboardInterrupt
+def test_interrupted(linear, monkeypatch, tmp_path):
+    first, path = tune.race, tmp_path / "tune.json"
+
+    def stop(op, *args):
+        if op.name == "linear_bwd":
+            raise KeyboardInterrupt
+        return first(op, *args)
 
     monkeypatch.setattr(tune, "race", stop)
-    assert linear(16) == []
+    assert linear(16, json=path) == []
     assert not choice_tables.user_file().exists()
+    assert [r["op"] for r in json.loads(path.read_text())["races"]] == ["linear_fwd"]
 
 
 @pytest.mark.parametrize(
