@@ -365,7 +365,7 @@ def test_folder(monkeypatch, variables, folder):
 
 def test_the_committed_data_can_be_read():
     for found in choice_tables.read(choice_tables.COMMITTED.read_text()):
-        assert re.fullmatch(r"[0-9a-f]{7,40}", found["commit"])
+        assert re.fullmatch(r"[0-9a-f]{7,40}\+?", found["commit"])
         for op, entries in found["ops"].items():
             for entry in entries:
                 assert choice._named(entry) <= set(OPS[op].at)
