@@ -4,6 +4,7 @@
 #include <string>
 
 #include "direct_call.h"
+#include "direct_function.h"
 #include "fasttx.h"
 #include "peak.h"
 #include "program.h"
@@ -43,6 +44,10 @@ PYBIND11_MODULE(_C, m) {
         "returns NotImplemented where torch must see the call. None where there is no such op.",
         py::arg("name"), py::arg("alloc"), py::arg("dtypes"), py::arg("dtype_of"),
         py::arg("sizes"), py::arg("absent"));
+
+  m.def("direct_function", &fasttx::direct_function,
+        "(forward, backward, alike) of a Function around an op and the op of its gradients.",
+        py::arg("forward"), py::arg("backward"), py::arg("slots"), py::arg("kept"));
 
   py::class_<fasttx::Program>(m, "Program", "Calls of the library's ops, to be made again in one go.")
       .def(py::init<>())

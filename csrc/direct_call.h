@@ -105,9 +105,9 @@ struct DirectOp {
 };
 
 // Whether the kernel runs a call; -1 with an error set.
-inline int meets(const DirectOp& d, PyObject* values, const fasttx_argument* arguments) {
+inline int meets(const DirectOp& d, PyObject* const* values, const fasttx_argument* arguments) {
   if (!d.dtypes.empty()) {
-    PyObject* dtype = PyObject_GetAttr(PyTuple_GET_ITEM(values, d.dtype_of), names().dtype);
+    PyObject* dtype = PyObject_GetAttr(values[d.dtype_of], names().dtype);
     if (!dtype) return -1;
     Py_DECREF(dtype);
     bool found = false;
@@ -119,7 +119,7 @@ inline int meets(const DirectOp& d, PyObject* values, const fasttx_argument* arg
     if (size < b.low || size > b.high) return 0;
   }
   for (Py_ssize_t i : d.absent) {
-    PyObject* value = PyTuple_GET_ITEM(values, i);
+    PyObject* value = values[i];
     if (value == Py_None) continue;
     if (!PyFloat_Check(value) && !PyLong_Check(value)) return 0;
     const int given = PyObject_IsTrue(value);
@@ -128,28 +128,24 @@ inline int meets(const DirectOp& d, PyObject* values, const fasttx_argument* arg
   return 1;
 }
 
-inline PyObject* direct_call(PyObject* self, PyObject* values) {
-  constexpr Py_ssize_t MOST = 64;
-  const auto* direct = static_cast<const DirectOp*>(PyCapsule_GetPointer(self, nullptr));
-  if (!direct) return nullptr;
-  if (!PyTuple_CheckExact(values)) {
-    PyErr_SetString(PyExc_TypeError, "a direct call takes a tuple of arguments");
-    return nullptr;
-  }
-  const fasttx_op* op = direct->op;
+constexpr Py_ssize_t MOST_ARGUMENTS = 64;
+
+// The outputs of a call (None, a tensor or a tuple), NotImplemented, or null with an error set.
+inline PyObject* run_direct(const DirectOp& direct, PyObject* const* values, Py_ssize_t count) {
+  const fasttx_op* op = direct.op;
   for (PyObject* watcher : names().watchers) {
     const int watching = truth(PyObject_CallNoArgs(watcher));
     if (watching < 0) return nullptr;
     if (watching) Py_RETURN_NOTIMPLEMENTED;
   }
-  fasttx_argument arguments[MOST];
-  void* implementations[MOST];
+  fasttx_argument arguments[MOST_ARGUMENTS];
+  void* implementations[MOST_ARGUMENTS];
   const bool recording = fasttx_grad_mode();
   int64_t elements = 0;
   // Reads values as the parameters from `first` on; 1, 0 where one does not fit, -1 for an error.
-  auto read = [&](PyObject* from, Py_ssize_t first, Py_ssize_t count) {
+  auto read = [&](PyObject* const* from, Py_ssize_t first, Py_ssize_t count) {
     for (Py_ssize_t i = first; i < first + count; i++) {
-      PyObject* value = PyTuple_GET_ITEM(from, i - first);
+      PyObject* value = from[i - first];
       const char letter = op->parameters[i];
       if (letter == 'O' && value == Py_None) {
         arguments[i].tensor = nullptr;
@@ -168,21 +164,23 @@ inline PyObject* direct_call(PyObject* self, PyObject* values) {
     }
     return 1;
   };
-  const Py_ssize_t count = PyTuple_GET_SIZE(values), all = (Py_ssize_t)strlen(op->parameters);
-  if (all > MOST || count > all || (op->outputs && count != all)) Py_RETURN_NOTIMPLEMENTED;
+  const auto all = (Py_ssize_t)strlen(op->parameters);
+  if (all > MOST_ARGUMENTS || count > all || (op->outputs && count != all))
+    Py_RETURN_NOTIMPLEMENTED;
   int fits = read(values, all - count, count);
-  if (fits == 1) fits = meets(*direct, values, arguments + all - count);
+  if (fits == 1) fits = meets(direct, values, arguments + all - count);
   if (fits < 0) return nullptr;
   if (!fits) Py_RETURN_NOTIMPLEMENTED;
 
   PyObject* made = nullptr;
-  if (direct->alloc == Py_None) {
+  if (direct.alloc == Py_None) {
     made = Py_NewRef(Py_None);
   } else if (!op->outputs) {
-    made = PyObject_CallObject(direct->alloc, values);
+    made = PyObject_Vectorcall(direct.alloc, values, count, nullptr);
     if (!made) return nullptr;
     PyObject* tuple = PyTuple_CheckExact(made) ? Py_NewRef(made) : PyTuple_Pack(1, made);
-    fits = !tuple ? -1 : PyTuple_GET_SIZE(tuple) == all - count ? read(tuple, 0, all - count) : 0;
+    fits = !tuple ? -1 : PyTuple_GET_SIZE(tuple) == all - count
+                         ? read(&PyTuple_GET_ITEM(tuple, 0), 0, all - count) : 0;
     Py_XDECREF(tuple);
     if (fits != 1) {
       Py_DECREF(made);
@@ -206,6 +204,16 @@ inline PyObject* direct_call(PyObject* self, PyObject* values) {
     return nullptr;
   }
   return made ? made : take_tensors(outputs, op->outputs);
+}
+
+inline PyObject* direct_call(PyObject* self, PyObject* values) {
+  const auto* direct = static_cast<const DirectOp*>(PyCapsule_GetPointer(self, nullptr));
+  if (!direct) return nullptr;
+  if (!PyTuple_CheckExact(values)) {
+    PyErr_SetString(PyExc_TypeError, "a direct call takes a tuple of arguments");
+    return nullptr;
+  }
+  return run_direct(*direct, &PyTuple_GET_ITEM(values, 0), PyTuple_GET_SIZE(values));
 }
 
 // direct(arguments): the outputs of an op of libfasttx, or NotImplemented. alloc(*arguments) makes

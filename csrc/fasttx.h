@@ -85,6 +85,9 @@ FASTTX_API const fasttx_op* fasttx_find_op(const char* name);
 FASTTX_API int64_t fasttx_plain_elements(void* tensor);
 // A dimension of a tensor, -1 where it has none such.
 FASTTX_API int64_t fasttx_tensor_size(void* tensor, int64_t dim);
+// The sizes of a tensor of float32, bfloat16 or float16 on the CPU, and how many in *dims; NULL for any
+// other.
+FASTTX_API const int64_t* fasttx_float_sizes(void* tensor, int64_t* dims);
 // Whether autograd records.
 FASTTX_API int fasttx_grad_mode(void);
 

@@ -38,6 +38,17 @@ int64_t fasttx_tensor_size(void* tensor, int64_t dim) {
   if (aoti_torch_get_dim(t, &dims) || dim >= dims) return -1;
   return aoti_torch_get_size(t, dim, &size) ? -1 : size;
 }
+const int64_t* fasttx_float_sizes(void* tensor, int64_t* dims) {
+  const auto t = static_cast<AtenTensorHandle>(tensor);
+  int32_t dtype, device;
+  int64_t* sizes;
+  if (aoti_torch_get_device_type(t, &device) || device != aoti_torch_device_type_cpu()) return nullptr;
+  if (aoti_torch_get_dtype(t, &dtype) ||
+      (dtype != aoti_torch_dtype_float32() && dtype != aoti_torch_dtype_bfloat16() &&
+       dtype != aoti_torch_dtype_float16()))
+    return nullptr;
+  return aoti_torch_get_dim(t, dims) || aoti_torch_get_sizes(t, &sizes) ? nullptr : sizes;
+}
 int fasttx_grad_mode(void) { return aoti_torch_grad_mode_is_enabled(); }
 
 namespace {

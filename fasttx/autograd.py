@@ -9,6 +9,7 @@ can be: on a tiny tensor a line of Python costs as much as a kernel.
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from operator import itemgetter
 
 import torch
@@ -25,8 +26,45 @@ def _needed(inputs: tuple[bool, ...]) -> tuple[int, Callable]:
     return bits, itemgetter(-1, *(i if needed else -1 for i, needed in enumerate(inputs[1:])))
 
 
+@dataclass(frozen=True)
+class Direct:
+    """What `differentiable` needs to go from one native op to another without Python between.
+
+    forward: the op of (*tensors, *rest, *scalars). slots: the arguments of its backward's op, "t0"
+    a tensor, "r0" one of the rest, "o0" an output, "u0" an upstream gradient, "s0" a scalar, "n"
+    what is needed; that op gives one gradient a tensor. kept: the outputs that slots name.
+    """
+
+    forward: object
+    slots: str
+
+    @property
+    def kept(self) -> list[int]:
+        return [int(slot[1:]) for slot in self.slots.split() if slot[0] == "o"]
+
+    @functools.cached_property
+    def functions(self) -> tuple[Callable, Callable, Callable]:
+        """forward(ctx, given, tensors) and backward(ctx, upstream, saved), in C++, which return
+        NotImplemented where the long way must be taken, and alike(tensors, dims)."""
+        from . import _C
+
+        return _C.direct_function(self.forward, self.forward.backward, self.slots, self.kept)
+
+    def alike(self, tensors: tuple, dims: tuple[int, ...]) -> bool:
+        """Whether the tensors are known to fit together: floating but not float64, on the CPU, and
+        each after the first is None or has the first's last size and this many dimensions, or for 0
+        the first's shape. A door need not check then; False says nothing."""
+        known = not is_compiling() and self.forward.direct
+        return bool(known) and self.functions[2](tensors, dims)
+
+
 def differentiable(
-    name: str, forward: Callable, backward: Callable, math: Callable, save: Callable | None = None
+    name: str,
+    forward: Callable,
+    backward: Callable,
+    math: Callable,
+    save: Callable | None = None,
+    direct: Direct | None = None,
 ) -> Callable:
     """`call(tensors, rest, scalars, backend, constant=())`, differentiable in `tensors` (None where
     an argument is absent).
@@ -36,10 +74,13 @@ def differentiable(
     set and anything for the others; an upstream gradient is None where an output was not used.
     math(tensors, rest, scalars) is the forward in plain PyTorch, with the same outputs.
     save(tensors, outputs) may replace what the backward does not read by None; a second derivative
-    through a tensor that was dropped is refused. rest: tensors without gradients; scalars: anything
+    through a tensor that was dropped is refused. direct: the same forward, backward and save as
+    data, for native ops. rest: tensors without gradients; scalars: anything
     else. constant: outputs, by index, that carry no gradient.
     """
     save = save or (lambda tensors, outputs: (tensors, outputs))
+    op = direct and direct.forward
+    own_call = type(op).__call__  # a test may watch the calls of ops
 
     def keep(ctx, given, tensors, outputs):
         kept, kept_outputs = save(tensors, outputs)
@@ -52,7 +93,18 @@ def differentiable(
     class First(torch.autograd.Function):
         @staticmethod
         def forward(ctx, given, *tensors):
-            outputs = forward(tensors, *given[:3])
+            # An op that has learnt a direct call is native.
+            if (
+                op is not None
+                and not is_compiling()
+                and op.direct
+                and type(op).__call__ is own_call
+            ):
+                outputs = direct.functions[0](ctx, given, tensors)
+                if outputs is not NotImplemented:
+                    return outputs
+            rest, scalars, backend, _ = given
+            outputs = forward(tensors, rest, scalars, backend)
             keep(ctx, given, tensors, outputs)
             return outputs
 
@@ -60,9 +112,13 @@ def differentiable(
         def backward(ctx, *upstream):
             if is_compiling() or torch.is_grad_enabled():
                 return differentiable_backward(ctx, upstream)
+            saved = ctx.saved_tensors
+            if op is not None and op.backward.direct and type(op).__call__ is own_call:
+                grads = direct.functions[1](ctx, upstream, saved)
+                if grads is not NotImplemented:
+                    return grads
             rest, scalars, backend, _ = ctx.given
             need, place = _needed(ctx.needs_input_grad)
-            saved = ctx.saved_tensors
             n = len(ctx.needs_input_grad) - 1
             m = n + len(rest)
             grads = backward(upstream, saved[:n], saved[n:m], saved[m:], scalars, need, backend)

@@ -2,6 +2,7 @@
 but the kernel has to do with the call."""
 
 import gc
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fasttx
 from fasttx import native
+from fasttx import op as contract
 from fasttx.kernel import Kernel, Needs
 from fasttx.op import OPS, Op
 
@@ -150,6 +152,23 @@ DOORS = {
 }
 
 
+def gradients_of(door: str):
+    """Outputs and every leaf's gradient, from a fixed seed."""
+    leaves = []
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(globals(), "leaf", lambda *s, **o: leaves.append(new_leaf(*s, **o)) or leaves[-1])
+        outputs = DOORS[door]()
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    wanted = [t for t in outputs if t is not None and t.requires_grad]
+    if wanted:
+        sum(t.square().sum() for t in wanted).backward()
+    return [t.detach() for t in outputs], [t.grad for t in leaves]
+
+
+new_leaf = leaf
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_what_a_door_calls_directly(door, monkeypatch):
     """Every op that a door calls, forward and backward, makes what `alloc` does."""
@@ -159,21 +178,11 @@ def test_what_a_door_calls_directly(door, monkeypatch):
         calls.append((op, args))
         return call(op, *args, backend=backend)
 
-    def run():
-        with monkeypatch.context() as m:
-            m.setattr(Op, "__call__", recorded)
-            outputs = DOORS[door]()
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            wanted = [t for t in outputs if t is not None and t.requires_grad]
-            if wanted:
-                sum(t.square().sum() for t in wanted).backward()
-        return outputs
-
-    torch.manual_seed(0)
-    run()  # by the dispatcher
-    calls.clear()
-    torch.manual_seed(0)
-    run()
+    gradients_of(door)  # what it calls is learnt
+    with monkeypatch.context() as m:
+        m.setattr(Op, "__call__", recorded)
+        m.setattr(contract, "allocation_hook", lambda outputs: outputs)
+        gradients_of(door)
     assert calls
     with torch.no_grad():
         for op, args in calls:
@@ -185,6 +194,71 @@ def test_what_a_door_calls_directly(door, monkeypatch):
                 assert (a is None) == (b is None)
                 if b is not None:
                     assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_gradients_are_those_of_the_long_way(door, monkeypatch):
+    """What csrc/direct_function.h does is what `forward`, `backward` and `save` say."""
+    with monkeypatch.context() as m:
+        m.setattr(contract, "allocation_hook", lambda outputs: outputs)
+        long = gradients_of(door)
+    gradients_of(door)
+    direct = gradients_of(door)
+    for expected, got in zip(long, direct, strict=True):
+        for a, b in zip(expected, got, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or (a.dtype == b.dtype and torch.equal(a, b))
+
+
+def test_a_training_call_takes_no_python_of_the_op():
+    """Forward and backward of an op that names its arguments as data go from kernel to kernel."""
+    x, w = leaf(3, 8), leaf(8)
+    for _ in range(2):
+        fasttx.layer_norm(x, weight=w).sum().backward()
+    x.grad = w.grad = None
+    called = []
+    sys.setprofile(lambda frame, event, _: called.append(frame.f_code.co_name))
+    try:
+        out = fasttx.layer_norm(x, weight=w).square().sum()
+        out.backward()
+    finally:
+        sys.setprofile(None)
+    assert "layer_norm" in called
+    assert not {"_forward", "_backward", "_check", "_run"} & set(called)
+    y, v = x.detach().requires_grad_(), w.detach().requires_grad_()
+    torch.nn.functional.layer_norm(y, (8,), v).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    torch.testing.assert_close(w.grad, v.grad)
+
+
+@pytest.mark.filterwarnings("ignore:fasttx.softmax runs on the plain PyTorch reference")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_saved_tensors_are_unpacked_once(dtype):
+    """Where a direct call takes them and where it refuses them."""
+    x, unpacked = leaf(3, 8), []
+    fasttx.softmax(x).sum().backward()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t, lambda t: unpacked.append(1) or t.to(dtype)
+    ):
+        out = fasttx.softmax(x)
+    x.grad = None
+    out.square().sum().backward()
+    assert len(unpacked) == 2
+    y = x.detach().requires_grad_()
+    y.softmax(-1).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_a_changed_input_is_an_error():
+    x, w = leaf(3, 8), leaf(8)
+    for _ in range(2):
+        out = fasttx.layer_norm(x * 1, weight=w)
+    out.sum().backward()
+    kept = x * 1
+    out = fasttx.layer_norm(kept, weight=w)
+    kept.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 class Watching(TorchDispatchMode):
@@ -266,8 +340,6 @@ def test_grad_mode_without_gradients_and_inference_mode():
 
 
 def test_guarded_tests_and_named_backends_take_the_long_way(monkeypatch):
-    from fasttx import op as contract
-
     direct_of("attention_fwd")
     args, seen = attention_args(), []
     monkeypatch.setattr(contract, "allocation_hook", lambda outputs: seen.append(1) or outputs)

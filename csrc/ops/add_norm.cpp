@@ -30,14 +30,21 @@ void add_norm_fwd_cpu(Tensor out, Tensor total, Tensor stats, Tensor x, FASTTX_A
 auto add_norm_bwd_outputs(const Tensor& x, const Tensor&, const OptionalTensor&,
                           const OptionalTensor&, const OptionalTensor& residual,
                           const OptionalTensor& weight, const OptionalTensor& bias,
-                          const OptionalTensor& x_bias, const OptionalTensor&, double, bool,
-                          int64_t need) {
-  return empty_gradients(x, need, x, residual, weight, bias, x_bias);
+                          const OptionalTensor& x_bias, const OptionalTensor&, double dropout_p,
+                          bool, int64_t need) {
+  // Without dropout dx is dresidual: one tensor serves both.
+  const bool shared = (need & 3) == 3 && dropout_p == 0.0 && residual.has_value() &&
+                      residual->scalar_type() == x.scalar_type();
+  auto made =
+      empty_gradients(x, shared ? need & ~2 : need, x, residual, weight, bias, x_bias);
+  if (shared) std::get<1>(made) = std::get<0>(made);
+  return made;
 }
 
 void add_norm_bwd_cpu(Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dx_bias,
                       Tensor x, Tensor stats, OptionalTensor dout, OptionalTensor dtotal,
                       FASTTX_ADD_NORM_INPUTS, double dropout_p, bool rms, int64_t need) {
+  if ((need & 3) == 3 && dx.data_ptr() == dresidual.data_ptr()) need &= ~2;
   const fasttx_add_norm a =
       backward_arguments(dx, dresidual, dweight, dbias, dx_bias, x, stats, dout, dtotal, residual,
                          weight, bias, x_bias, seed, dropout_p, rms, need);

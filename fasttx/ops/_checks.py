@@ -5,6 +5,8 @@ from torch import Tensor
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+# The dtypes that may stand beside one in a call: float64 stands alone.
+KINDRED = {t: FLOATS & {t} if t is torch.float64 else FLOATS - {torch.float64} for t in FLOATS}
 
 
 def short(dtype: torch.dtype) -> str:
@@ -62,6 +64,15 @@ def seed_tensor(seed, device: torch.device, owner: str = "x") -> Tensor:
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for the device's type; asking for any type first costs least."""
     return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type)
+
+
+def extremes(t: Tensor) -> tuple[int, int]:
+    """The least and the greatest of a tensor's integers, at least one."""
+    if t.numel() <= 64 and t.is_cpu:  # without a kernel
+        values = t.reshape(-1).tolist()
+        return min(values), max(values)
+    low, high = t.aminmax()
+    return int(low), int(high)
 
 
 def has_values(t: Tensor) -> bool:

@@ -21,14 +21,22 @@ import math
 import torch
 from torch import Tensor
 
-from ..autograd import differentiable
+from ..autograd import Direct, differentiable
 from ..op import HALF, Kernel, Needs, Op
-from ._checks import FLOATS, check_backend, check_dropout, check_float, number, seed_tensor, short
+from ._checks import (
+    FLOATS,
+    KINDRED,
+    check_backend,
+    check_dropout,
+    check_float,
+    number,
+    seed_tensor,
+    short,
+)
 
 __all__ = ["add_norm", "add_norm_bwd", "add_norm_fwd", "layer_norm", "rms_norm"]
 
 _KINDS = {"layer": False, "rms": True}
-_KINDRED = {True: {torch.float64}, False: FLOATS - {torch.float64}}
 
 
 @Op
@@ -112,7 +120,8 @@ def _save(tensors, outputs):
     return tensors, (None, None, outputs[2])
 
 
-_add_norm = differentiable("add_norm", _forward, _backward, _math, _save)
+_direct = Direct(add_norm_fwd, "t0 o2 u0 u1 t1 t2 t3 t4 r0 s1 s2 n")
+_add_norm = differentiable("add_norm", _forward, _backward, _math, _save, _direct)
 
 
 def add_norm(
@@ -200,15 +209,36 @@ def rms_norm(
 def _norm(x, residual, weight, bias, x_bias, dropout_p, eps, rms, prenorm, seed, backend):
     if backend is not None:
         check_backend(backend)
-    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
-        check_float("x", x)
-    shape, device = x.shape, x.device
-    dims = len(shape)
-    if not dims:
-        raise ValueError("x must have at least 1 dimension, got a scalar")
     if not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
         raise number("eps", eps, "a finite number of at least 0")
-    dtypes = _KINDRED[x.dtype is torch.float64]
+    tensors = (x, residual, weight, bias, x_bias)
+    wide = flat = False
+    if not _direct.alike(tensors, (0, 0, 1, 1, 1)):
+        _check(*tensors)
+        flat = x.dim() > 4
+        if flat:
+            rows = (None if t is None else t.flatten(0, -2) for t in tensors[:2])
+            tensors = (*rows, *tensors[2:])
+        cast = x.device.type == "cuda" and torch.is_autocast_enabled("cuda")
+        wide = cast and x.dtype is not torch.float64
+    outputs = _add_norm(
+        tensors,
+        (seed_tensor(seed, x.device) if dropout_p else None,),
+        (float(eps), float(dropout_p), rms, prenorm, wide),
+        backend,
+        (2,) if prenorm else (1, 2),
+    )
+    if flat:
+        outputs = tuple(t.reshape(x.shape) for t in outputs[: 1 + prenorm])
+    return (outputs[0], outputs[1]) if prenorm else outputs[0]
+
+
+def _check(x, residual, weight, bias, x_bias) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+        check_float("x", x)
+    shape, device, dtypes = x.shape, x.device, KINDRED[x.dtype]
+    if not shape:
+        raise ValueError("x must have at least 1 dimension, got a scalar")
     if residual is not None and not (
         isinstance(residual, Tensor)
         and residual.dtype in dtypes
@@ -222,23 +252,6 @@ def _norm(x, residual, weight, bias, x_bias, dropout_p, eps, rms, prenorm, seed,
             isinstance(t, Tensor) and t.dtype in dtypes and t.shape == vector and t.device == device
         ):
             _refuse(name, t, vector, x)
-    tensors = (x, residual, weight, bias, x_bias)
-    if dims > 4:
-        rows = (None if t is None else t.flatten(0, -2) for t in tensors[:2])
-        tensors = (*rows, *tensors[2:])
-    wide = (
-        device.type == "cuda" and torch.is_autocast_enabled("cuda") and x.dtype is not torch.float64
-    )
-    outputs = _add_norm(
-        tensors,
-        (seed_tensor(seed, device) if dropout_p else None,),
-        (float(eps), float(dropout_p), rms, prenorm, wide),
-        backend,
-        (2,) if prenorm else (1, 2),
-    )
-    if dims > 4:
-        outputs = tuple(t.reshape(shape) for t in outputs[: 1 + prenorm])
-    return (outputs[0], outputs[1]) if prenorm else outputs[0]
 
 
 def _refuse(name: str, t, shape: tuple, x: Tensor) -> None:

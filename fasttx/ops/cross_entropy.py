@@ -19,9 +19,9 @@ import os
 import torch
 from torch import Tensor
 
-from ..autograd import differentiable
+from ..autograd import Direct, differentiable
 from ..op import HALF, Kernel, Needs, Op
-from ._checks import check_backend, check_float, has_values, number, short
+from ._checks import check_backend, check_float, extremes, has_values, number, short
 
 __all__ = [
     "cross_entropy",
@@ -130,7 +130,8 @@ def _save(tensors, outputs):
     return tensors, (None, *outputs[1:])
 
 
-_cross_entropy = differentiable("cross_entropy", _forward, _backward, _math, _save)
+_direct = Direct(cross_entropy_fwd, "u0 t0 r0 r1 o1 o2 o3 s0 s1 s2 s3")
+_cross_entropy = differentiable("cross_entropy", _forward, _backward, _math, _save, _direct)
 
 
 class _InPlace(torch.autograd.Function):
@@ -203,7 +204,7 @@ def check_target(target, shape: torch.Size, device: torch.device, V: int, ignore
 def _check_range(target: Tensor, V: int, ignore_index: int) -> None:
     if not target.numel():
         return
-    low, high = (int(t) for t in target.aminmax())
+    low, high = extremes(target)
     if low >= 0 and high < V:
         return
     bad = ((target < 0) | (target >= V)) & (target != ignore_index)

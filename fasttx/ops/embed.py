@@ -22,13 +22,14 @@ import os
 import torch
 from torch import Tensor
 
-from ..autograd import differentiable
+from ..autograd import Direct, differentiable
 from ..op import HALF, Kernel, Needs, Op
 from ._checks import (
     FLOATS,
     check_backend,
     check_dropout,
     check_float,
+    extremes,
     has_values,
     number,
     seed_tensor,
@@ -127,7 +128,8 @@ def _save(tensors, outputs):
     return tensors, (None, outputs[1])
 
 
-_embed = differentiable("embed", _forward, _backward, _math, _save)
+_direct = Direct(embed_fwd, "t0 t1 t2 t3 t4 o1 u0 r0 r1 r2 r3 s0 s1 s2 s3 s4 s6 n")
+_embed = differentiable("embed", _forward, _backward, _math, _save, _direct)
 
 
 def embed(
@@ -285,11 +287,13 @@ def _flat(ids: Tensor) -> Tensor:
 
 
 def _check_tables(*tables) -> tuple:
-    token = tables[0]
+    token, dimensions = tables[0], (2, 2, 2, 1, 1)
+    if _direct.alike(tables, dimensions):
+        return tables
     for name, t, dims in zip(
         ("token_weight", "position_weight", "segment_weight", "norm_weight", "norm_bias"),
         tables,
-        (2, 2, 2, 1, 1),
+        dimensions,
         strict=True,
     ):
         if t is None and name != "token_weight":
@@ -348,7 +352,7 @@ def _check_range(name: str, ids: Tensor, rows: int) -> None:
     readable = has_values(ids) or (ids.is_cuda and os.environ.get("FASTTX_CHECK", "0") == "1")
     if not readable or not ids.numel():
         return
-    low, high = (int(t) for t in ids.aminmax())
+    low, high = extremes(ids)
     if low < 0 or high >= rows:
         raise ValueError(f"{name} must be in [0, {rows}), got {low if low < 0 else high}")
 

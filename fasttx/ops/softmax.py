@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..autograd import differentiable
+from ..autograd import Direct, differentiable
 from ..op import HALF, Kernel, Needs, Op
 from ._checks import BACKENDS as OURS
 from ._checks import FLOATS, check_backend, check_float, number, short
@@ -96,7 +96,8 @@ def _math(tensors, rest, scalars):
     return (softmax_math(*tensors, *scalars),)
 
 
-_softmax = differentiable("softmax", _forward, _backward, _math)
+_direct = Direct(softmax_fwd, "u0 o0 t0 t1 s0 s1 s2 s3 n")
+_softmax = differentiable("softmax", _forward, _backward, _math, direct=_direct)
 
 
 def softmax(
