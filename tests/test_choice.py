@@ -136,6 +136,28 @@ def test_a_direct_call_asks_first(measured, runs):
         torch.set_num_threads(threads)
 
 
+def test_training_asks_first_too(measured):
+    """Whatever short way a call with a gradient takes once it is known."""
+    entry = ENTRY | {"sizes": {"x.rows": [4, 64]}, "dtypes": {}, "given": {}, "layout": {}}
+    measured(table(entry, op="softmax_fwd"))
+    bad = torch.full((4, 5), -torch.inf, requires_grad=True)
+    for rows in (2, 2, 4, 2, 4):
+        x = torch.randn(rows, 5, requires_grad=True)
+        told = fasttx.explain(fasttx.softmax, x).chosen("softmax_fwd")
+        assert told == ("torch" if rows == 4 else "cpu")
+        y = fasttx.softmax(x)
+        torch.testing.assert_close(y, torch.softmax(x, -1))
+        y.square().sum().backward()
+    seen = []
+    (kernel,) = (
+        k for k in OPS["softmax_fwd"].table((bad, None, 1.0, False, False, False, False))
+        if k.backend == "torch"
+    )  # fmt: skip
+    own, kernel.function = kernel.function, lambda *args: seen.append(1) or own(*args)
+    fasttx.softmax(bad)
+    assert seen == [1]
+
+
 def test_a_direct_call_of_an_op_without_choices_is_as_before(measured):
     """It costs nothing: the function is the library's own."""
     measured(table(ENTRY))
