@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(256) attention_bwd_dq(const __grid_constant__ 
 }
 
 // Keys and rows of the tiles with a gradient that is not finite.
-__global__ void __launch_bounds__(128) attention_bwd_odd(const __grid_constant__ AttentionBwd c) {
+__global__ void __launch_bounds__(128, 1) attention_bwd_odd(const __grid_constant__ AttentionBwd c) {
   const Attention& p = c.p;
   const int key_tiles = p.B * p.G * c.key_tiles, warp = threadIdx.x / 32;
   const int row_tiles = p.a.need & 1 ? p.B * p.H * c.row_tiles : 0;
