@@ -182,10 +182,13 @@ int multiply(const Term* terms, int count, int64_t I, int64_t J, Epilogue epilog
   const int64_t blocks = (J + width - 1) / width, strips = (I + STRIP - 1) / STRIP;
   const int64_t workers = num_workers();
   // Few blocks are split between workers by rows.
-  const int64_t parts = workers == 1 ? 1 : min64(strips, (2 * workers + blocks - 1) / blocks);
+  int64_t parts = workers == 1 ? 1 : min64(strips, (2 * workers + blocks - 1) / blocks);
+  // Rows that the last cache does not hold are read once, 512 by 512.
+  const bool once = blocks > 1 && I * lane_units * 4 > cache_bytes() / 2;
+  if (once) parts = max64(parts, strips * STRIP / 512);
   bool failed = false;
   parallel_items(blocks * parts, workers, [&](int64_t, int64_t item) {
-    const int64_t block = item / parts, part = item % parts;
+    const int64_t block = once ? item % blocks : item / parts, part = once ? item / blocks : item % parts;
     const int64_t j = block * width, lanes = min64(width, J - j);
     const int vecs = (int)((lanes + W - 1) / W);
     float* b = (float*)scratch(SCRATCH_PACK, lane_units * width * 4 + 64);

@@ -2,6 +2,7 @@
 // in their natural layout need no packing; for a few tokens the sums themselves lie in lanes.
 #include "cpu/linear.h"
 
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/strip.h"
 
@@ -93,6 +94,8 @@ int linear_fwd(const fasttx_linear& a) {
   int status = FASTTX_OK;
   with_type(a.x.dtype, [&](auto t) {
     typedef decltype(t) T;
+    if (a.out.strides[0] == N && a.out.strides[1] == 1)
+      prefer_large_pages(a.out.data, M * N * sizeof(T));
     const bool turned = a.weight.strides[0] == 1 && a.weight.strides[1] != 1;
     if (turned ? M <= TURNED_FEW : M <= FEW && N >= FEWEST && a.weight.strides[1] == 1) {
       const Term term = {matrix(a.x), matrix(a.weight), K};
