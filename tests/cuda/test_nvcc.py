@@ -14,6 +14,7 @@ from .compiled import ARCHS, CUDA, everything, nvcc
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(nvcc() is None, reason="no nvcc (FASTTX_NVCC names one)"),
+    pytest.mark.timeout(900),  # the first compiles everything
 ]
 
 
