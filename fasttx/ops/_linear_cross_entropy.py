@@ -10,6 +10,7 @@ On the CPU `_linear_cross_entropy_classes.py` walks otherwise, without that four
 import torch
 from torch import Tensor
 
+from .. import native
 from ..reference.linear_cross_entropy import headroom
 from . import _linear_cross_entropy_classes as by_classes
 from .cross_entropy import cross_entropy_fwd
@@ -51,6 +52,8 @@ class _Walk:
         self.norm = self._norm()
         self.rows = _even(self.x.shape[0], self.budget // V)
         self.n = self.x.shape[0]
+        # Few rows on the CPU: fasttx's products, which write dweight once, past the cache.
+        self.few = backend == "cpu" and 0 < self.n <= self.rows and not native.unavailable()
 
     def _norm(self) -> tuple:
         """What the cross-entropy and the z-loss are multiplied by, and the classes' weights."""
@@ -81,6 +84,12 @@ class _Walk:
     def logits(self, buffer: Tensor, x: Tensor, classes: slice) -> Tensor:
         weight = self.weight[classes]
         out = buffer[: x.shape[0] * weight.shape[0]].view(x.shape[0], weight.shape[0])
+        if self.few:
+            nothing = x.new_empty(0)
+            torch.ops.fasttx_native.linear_fwd_cpu(
+                out, nothing, x, weight, self.bias, None, 0, False
+            )
+            return out
         if self.bias is None:
             return torch.mm(x, weight.t(), out=out)
         return torch.addmm(self.bias[classes], x, weight.t(), out=out)
@@ -124,6 +133,14 @@ class _Walk:
             if not (need & 1 or summed):
                 continue
             self.slope(logits, rows, every, self.scales(rows, dloss))
+            if self.few:
+                dx_part = torch.empty_like(x) if need & 1 and self.kept is not None else dx
+                torch.ops.fasttx_native.linear_bwd_cpu(
+                    dx_part, dweight, dbias, x, self.weight, None, logits, 0, need
+                )
+                if dx_part is not dx:
+                    dx[self.kept] = dx_part
+                break
             if need & 1 and self.kept is None:
                 torch.mm(logits, self.weight, out=dx[rows])
             elif need & 1:
@@ -136,7 +153,7 @@ class _Walk:
                 _add_columns(dbias_sum, logits)
         if by_slices:
             self._slices(buffer, dloss, dweight, dbias_sum)
-        if need & 4:
+        if need & 4 and not self.few:
             dbias.copy_(dbias_sum)
         if loss is not None:
             self._reduce(losses, loss)
