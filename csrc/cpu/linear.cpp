@@ -94,7 +94,7 @@ int linear_fwd(const fasttx_linear& a) {
   int status = FASTTX_OK;
   with_type(a.x.dtype, [&](auto t) {
     typedef decltype(t) T;
-    if (a.out.strides[0] == N && a.out.strides[1] == 1)
+    if (a.out.strides[0] == N && a.out.strides[1] == 1 && !freed_pages_leave())
       prefer_large_pages(a.out.data, M * N * sizeof(T));
     const bool turned = a.weight.strides[0] == 1 && a.weight.strides[1] != 1;
     if (turned ? M <= TURNED_FEW : M <= FEW && N >= FEWEST && a.weight.strides[1] == 1) {
