@@ -192,7 +192,9 @@ def _agree(ours, theirs) -> bool:
 
 def _close(a: Tensor, b: Tensor) -> bool:
     difference = (a.float() - b.float()).square().mean().sqrt()
-    return bool(difference <= AGREE[a.dtype] * b.float().square().mean().sqrt() + 1e-6)
+    return bool(
+        difference <= max(AGREE[a.dtype], AGREE[b.dtype]) * b.float().square().mean().sqrt() + 1e-6
+    )
 
 
 def _line(r: Result) -> str:
