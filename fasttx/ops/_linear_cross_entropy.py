@@ -121,7 +121,9 @@ class _Walk:
         if need & 2 and n == 0:
             dweight.zero_()
         every = slice(0, V)
-        dbias_sum = self.x.new_zeros(V, dtype=torch.float32) if need & 4 else None
+        dbias_sum = None
+        if need & 4 and not self.few:
+            dbias_sum = self.x.new_zeros(V, dtype=torch.float32)
         for begin in range(0, n, max(1, self.rows)):
             rows = slice(begin, min(n, begin + self.rows))
             x = self.x[rows]
@@ -134,13 +136,8 @@ class _Walk:
                 continue
             self.slope(logits, rows, every, self.scales(rows, dloss))
             if self.few:
-                dx_part = torch.empty_like(x) if need & 1 and self.kept is not None else dx
-                torch.ops.fasttx_native.linear_bwd_cpu(
-                    dx_part, dweight, dbias, x, self.weight, None, logits, 0, need
-                )
-                if dx_part is not dx:
-                    dx[self.kept] = dx_part
-                break
+                self._few_gradients(logits, dx, dweight, dbias)
+                continue
             if need & 1 and self.kept is None:
                 torch.mm(logits, self.weight, out=dx[rows])
             elif need & 1:
@@ -153,10 +150,19 @@ class _Walk:
                 _add_columns(dbias_sum, logits)
         if by_slices:
             self._slices(buffer, dloss, dweight, dbias_sum)
-        if need & 4 and not self.few:
+        if dbias_sum is not None:
             dbias.copy_(dbias_sum)
         if loss is not None:
             self._reduce(losses, loss)
+
+    def _few_gradients(self, logits: Tensor, dx, dweight, dbias) -> None:
+        picked = self.need & 1 and self.kept is not None
+        part = torch.empty_like(self.x) if picked else dx
+        torch.ops.fasttx_native.linear_bwd_cpu(
+            part, dweight, dbias, self.x, self.weight, None, logits, 0, self.need
+        )
+        if picked:
+            dx[self.kept] = part
 
     def _slices(self, buffer: Tensor, dloss: Tensor, dweight: Tensor, dbias: Tensor) -> None:
         V = self.weight.shape[0]
