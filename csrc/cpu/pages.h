@@ -2,10 +2,8 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
 
 #if defined(__linux__)
-#include <glob.h>
 #include <sys/mman.h>
 #endif
 
@@ -24,32 +22,6 @@ inline void prefer_large_pages(void* data, size_t bytes) {
   madvise((void*)first, last - first, MADV_HUGEPAGE);
 #else
   (void)data, (void)bytes;
-#endif
-}
-
-// Whether this is a guest whose freed pages go back to its host (virtio balloon, free page reporting:
-// feature bit 5). Large ones go first, and each is fetched again for more (4 ms measured) than its
-// small ones cost; only where pages are most of the work is that still less.
-inline bool freed_pages_leave() {
-#if defined(__linux__)
-  static const bool leave = [] {
-    bool found = false;
-    glob_t paths;
-    if (glob("/sys/bus/virtio/drivers/virtio_balloon/virtio*/features", 0, nullptr, &paths) == 0) {
-      for (size_t i = 0; i < paths.gl_pathc; i++) {
-        char bits[7] = "";
-        if (FILE* file = fopen(paths.gl_pathv[i], "r")) {
-          found |= fgets(bits, sizeof bits, file) && bits[5] == '1';
-          fclose(file);
-        }
-      }
-      globfree(&paths);
-    }
-    return found;
-  }();
-  return leave;
-#else
-  return false;
 #endif
 }
 

@@ -1,4 +1,4 @@
-// Threads, scratch memory and the size of the cache for the CPU kernels. All live in dispatch.cpp,
+// Threads, scratch memory and what the machine is like, for the CPU kernels. All live in dispatch.cpp,
 // once for all instruction sets.
 #pragma once
 #include <stddef.h>
@@ -20,6 +20,11 @@ void* scratch(ScratchSlot slot, size_t bytes);
 
 // The last-level cache that a core can fill. Not sysconf()'s: that adds up those of a whole package.
 int64_t cache_bytes();
+
+// Whether this is a guest whose freed pages go back to its host (virtio balloon, free page reporting:
+// feature bit 5). Large ones go first, and each is fetched again for more (4 ms measured) than its
+// small ones cost; only where pages are most of the work is that still less.
+bool freed_pages_leave();
 
 namespace {
 
