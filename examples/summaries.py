@@ -16,14 +16,12 @@ import argparse
 import random
 import re
 import sys
-import time
 from collections import Counter, defaultdict
 
-import torch
 from descriptions import Unavailable, descriptions
+from seq2seq import trained, written
 
-import fasttx
-from fasttx.training import Pairs, fit, generate_text, train_tokenizer
+from fasttx.training import train_tokenizer
 
 SIZES = {"d_model": 128, "d_kv": 16, "num_heads": 8, "d_ff": 512, "num_layers": 2,
          "dropout_rate": 0.1}  # fmt: skip
@@ -129,45 +127,19 @@ def main(arguments: list[str] | None = None, split: tuple[list, list] | None = N
         targets = [texts.synopsis(s, n) for (_, s), (_, n) in zip(some, bodies, strict=True)]
         return [(body, t) for (body, _), t in zip(bodies, targets, strict=True) if t]
 
-    torch.manual_seed(0)
-    model = fasttx.models.create(
-        "t5",
-        "conditional_generation",
-        vocab_size=tokenizer.vocab_size,
-        pad_token_id=tokenizer.pad,
-        eos_token_id=tokenizer.eos,
-        decoder_start_token_id=tokenizer.pad,
-        **SIZES,
-    )
-    start = time.process_time()
-    result = fit(
-        model,
-        Pairs(tokenizer, pairs(rest), 64, 20, cut=True),
-        given.output,
-        evaluation=Pairs(tokenizer, pairs(held), 64, 20, cut=True),
-        tokenizer=tokenizer,
-        steps=given.steps,
-        batch_size=given.batch_size,
-        learning_rate=3e-3,
-        precision="bf16",
-        evaluate_every=1000,
-        save_every=500,
-        log_every=100,
-        resume=True,
-        progress=True,
-    )
-    seconds = time.process_time() - start
-    model.eval()
+    model, result, seconds = trained(
+        "t5", SIZES, tokenizer, pairs(rest), pairs(held), given,
+        lengths=(64, 20), learning_rate=3e-3, evaluate_every=1000,
+    )  # fmt: skip
     bodies = [texts.body(p) for p, _ in held]
-    written = []
-    for first in range(0, len(held), 200):
-        part = [text for text, _ in bodies[first : first + 200]]
-        written += generate_text(model, tokenizer, part, max_new_tokens=20, num_beams=4)
+    said = written(
+        model, tokenizer, [text for text, _ in bodies], 200, max_new_tokens=20, num_beams=4
+    )
     sentences = [first_sentence(p) for p, _ in held]
     answers = {
         "first sentence": sentences,
         "first words": [" ".join(s.split()[:8]) for s in sentences],
-        "model": [texts.read(w, names) for w, (_, names) in zip(written, bodies, strict=True)],
+        "model": [texts.read(w, names) for w, (_, names) in zip(said, bodies, strict=True)],
     }
     wanted = [s for _, s in held]
     found = {name: scores(a, wanted) for name, a in answers.items()}

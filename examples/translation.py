@@ -16,14 +16,12 @@ import argparse
 import math
 import random
 import sys
-import time
 from collections import Counter, defaultdict
 
-import torch
+from seq2seq import trained, written
 from verses import Unavailable, king_james, reina_valera
 
-import fasttx
-from fasttx.training import Pairs, fit, generate_text, train_tokenizer
+from fasttx.training import train_tokenizer
 
 SIZES = {
     "bart": {"d_model": 128, "encoder_layers": 2, "decoder_layers": 2,
@@ -73,14 +71,6 @@ def nearest(held: list, rest: list) -> list[str]:
     return found
 
 
-def translated(model, tokenizer, texts: list[str], **options) -> list[str]:
-    written = []
-    for first in range(0, len(texts), 100):
-        part = texts[first : first + 100]
-        written += generate_text(model, tokenizer, part, max_new_tokens=80, **options)
-    return written
-
-
 def main(arguments: list[str] | None = None, split: Split | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=SIZES, default="bart")
@@ -99,42 +89,16 @@ def main(arguments: list[str] | None = None, split: Split | None = None) -> dict
         sys.exit(f"the verses cannot be had: {why}")
     tokenizer = train_tokenizer("bpe", [side for pair in rest for side in pair],
                                 given.vocabulary, template="eos")  # fmt: skip
-    torch.manual_seed(0)
-    model = fasttx.models.create(
-        given.model,
-        "conditional_generation",
-        vocab_size=tokenizer.vocab_size,
-        pad_token_id=tokenizer.pad,
-        bos_token_id=tokenizer.bos,
-        eos_token_id=tokenizer.eos,
-        decoder_start_token_id=tokenizer.eos if given.model == "bart" else tokenizer.pad,
-        **SIZES[given.model],
-    )
-    start = time.process_time()
-    result = fit(
-        model,
-        Pairs(tokenizer, rest, 96, 96, cut=True),
-        given.output,
-        evaluation=Pairs(tokenizer, held, 96, 96, cut=True),
-        tokenizer=tokenizer,
-        steps=given.steps,
-        batch_size=given.batch_size,
-        learning_rate=LEARNING_RATES[given.model],
-        precision="bf16",
-        evaluate_every=500,
-        save_every=500,
-        log_every=100,
-        resume=True,
-        progress=True,
-    )
-    seconds = time.process_time() - start
-    model.eval()
+    model, result, seconds = trained(
+        given.model, SIZES[given.model] | {"bos_token_id": tokenizer.bos}, tokenizer, rest, held,
+        given, lengths=(96, 96), learning_rate=LEARNING_RATES[given.model], evaluate_every=500,
+    )  # fmt: skip
     texts, wanted = map(list, zip(*held, strict=True))
     answers = {
         "most frequent": most_frequent(held, rest),
         "nearest": nearest(held, rest),
-        "greedy": translated(model, tokenizer, texts),
-        "beam": translated(model, tokenizer, texts, num_beams=4),
+        "greedy": written(model, tokenizer, texts, 100, max_new_tokens=80),
+        "beam": written(model, tokenizer, texts, 100, max_new_tokens=80, num_beams=4),
     }
     bleu = {name: sacrebleu.corpus_bleu(a, [wanted]).score for name, a in answers.items()}
     for i in range(min(4, len(held))):
