@@ -21,6 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 from . import grid, machine, providers
+from .gate import AGREE
 from .harness import Call, clock_for, interleave
 from .ops import attention, generic
 from .ops.attention_case import Case, tensors
@@ -32,7 +33,6 @@ EXTRA_S = 12e-6
 ROUNDS = (6, 15)  # the least that gives 95 %; of the second look
 WORTH_TIMING = 1.5  # a contender this much slower than the best of PyTorch is not timed
 MATH_MAX_BYTES = 1 << 30
-AGREE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 DIRECTIONS = ("forward", "step")
 
 

@@ -20,20 +20,6 @@ from fasttx.benchmarks.ops import attention
 CASES = attention.quick_cases(("fp32", "bf16"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def problems():
-    """Problems by case, each with its fp64 answer; only the latest one is kept."""
-    return {}
-
-
 @pytest.mark.benchmark(timer=time.thread_time)
 @pytest.mark.parametrize("name", [name for name in providers.find() if name != "torch_compile"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])

@@ -25,20 +25,6 @@ EVERY = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def problems():
-    """The latest problem with its fp64 answer."""
-    return {}
-
-
 @pytest.mark.benchmark(timer=time.thread_time)
 @pytest.mark.parametrize(("case", "direction", "name"), EVERY)
 def test_op(benchmark, problems, case, direction, name):

@@ -26,6 +26,7 @@ from fasttx import choice, choice_tables
 from fasttx.op import OPS, Kernel, Op
 
 from . import grid, machine, providers, shape_classes
+from .gate import AGREE
 from .harness import Timing, clock_for, interleave
 from .ops import generic
 from .ops.attention_case import Case, tensors
@@ -35,7 +36,6 @@ SCHEMA = "fasttx-tune/1"
 ROUNDS = (7, 15)  # of the first look, and of the second
 WORTH_TIMING = 1.5  # a backend this much slower than the best at first sight is not timed
 QUICK_FLOPS, QUICK_BYTES = 2e9, 1 << 25
-AGREE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 @dataclass

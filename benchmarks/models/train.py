@@ -25,15 +25,8 @@ from ..contest import Contender, Group, compare, timed
 from ..gate import Error, judge
 from ..ops.attention_case import DTYPES
 from ..rows import Row, Run
-from .families import FAMILIES, LABELLED, as_fasttx, made_ready, make_batch, patch
+from .families import BASE, FAMILIES, LABELLED, LABELS, as_fasttx, made_ready, make_batch, patch
 
-BASE = "sdpa"
-LABELS = {
-    "fasttx": "transformers + fasttx.patch",
-    "fasttx_models": "fasttx.models",
-    "sdpa": "transformers",
-    "torch_compile": "transformers, torch.compile",
-}
 LEARNING_RATE = 1e-5
 
 
