@@ -1,4 +1,8 @@
-"""Contenders of one group of rows: whoever they are, timed against each other and told alike."""
+"""Contenders of one group of rows: whoever they are, timed against each other and told alike.
+
+A module of models/ offers groups: `cases(name, options)` says which, its `Bench` makes the
+contenders and checks them, its `fresh` makes one of them alone for a fresh process.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import Any
 import torch
 
 from .gate import Verdict
-from .harness import Call, clock_for, interleave
+from .harness import Call, Timing, clock_for, interleave
 from .rows import Row, Run, set_ratios
 
 
@@ -43,6 +47,33 @@ class Group:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Case:
+    """A group that can be asked for. made: arguments of its module's Bench. given: those of the
+    Bench's `contest`. Its `fresh` takes both. memory: its peak is measured without being asked."""
+
+    title: str
+    made: dict[str, Any]
+    given: dict[str, Any]
+    threads: int
+    memory: bool = False
+
+
+class Bench:
+    """A model or a layer on one device, as everyone runs it."""
+
+    device: torch.device
+    run: Run
+
+    def contest(self, threads: int, **given: Any) -> tuple[Group, dict[str, Contender]]:
+        """What is timed, checked already."""
+        raise NotImplementedError
+
+    def measure(self, threads: int, budget_s: float, on_round=None, **given: Any) -> list[Row]:
+        group, contenders = self.contest(threads, **given)
+        return compare(group, contenders, self.device, threads, budget_s, self.run, on_round)
+
+
 def compare(
     group: Group,
     contenders: Mapping[str, Contender],
@@ -55,6 +86,17 @@ def compare(
     """A row a contender; ratios to ``group.base``."""
     calls = {name: contender.call for name, contender in contenders.items()}
     timings = interleave(calls, clock_for(device, threads), budget_s, on_round=on_round)
+    return rows_of(group, contenders, timings, device, threads, run)
+
+
+def rows_of(
+    group: Group,
+    contenders: Mapping[str, Contender],
+    timings: dict[str, Timing],
+    device: torch.device,
+    threads: int,
+    run: Run,
+) -> list[Row]:
     rows = []
     for name, contender in contenders.items():
         timing = timings[name]

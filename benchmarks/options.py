@@ -74,6 +74,15 @@ class Options:
     command: str = "fasttx bench"
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def model_threads(self) -> tuple[int, ...]:
+        """The thread counts asked for; if none were, also all cores, as a user would run it."""
+        more = (len(os.sched_getaffinity(0)),) if self.default_threads else ()
+        return tuple(dict.fromkeys((*self.threads, *more)))
+
+    def wants(self, direction: str) -> bool:
+        return self.default_directions or direction in self.directions
+
     def only_a_folder(self) -> bool:
         """A user's own model and nothing else: under two minutes."""
         others = self.ops or self.layers or self.training or self.generation

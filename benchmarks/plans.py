@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from . import fresh
+from .contest import Case
 from .rows import Row
 
 MODEL_SECONDS = {"quick": 5.0, "full": 15.0, "musts": 15.0}
@@ -27,44 +27,78 @@ class Step:
     measure: Callable[[float, Callable], list[Row]]
 
 
+@dataclass(frozen=True)
+class Kind:
+    """asked: where Options has its names. module: who offers its cases. beside: whether peers
+    are in every run that names no provider."""
+
+    asked: str
+    module: str
+    seconds: dict[str, float]
+    beside: bool = False
+
+
+KINDS = (
+    Kind("models", "families", MODEL_SECONDS),
+    Kind("layers", "layers", LAYER_SECONDS, beside=True),
+    Kind("training", "train", MODEL_SECONDS),
+    Kind("generation", "generate", MODEL_SECONDS, beside=True),
+)
+BERT = Kind("models", "bert", MODEL_SECONDS)
+
+
 def models(session) -> list[Step]:
     """The steps of everything that is not an op."""
-    options, steps = session.options, []
-    if "bert" in options.models:
-        steps += _bert(session)
-    kinds = (
-        (_family, [name for name in options.models if name != "bert"]),
-        (_layer, options.layers),
-        (_train, options.training),
-        (_generate, options.generation),
+    holder: dict[tuple, object] = {}
+    return [
+        Step(case.title, seconds(session, kind), partial(_measure, session, kind, case, holder))
+        for kind, case in cases(session)
+    ]
+
+
+def cases(session) -> Iterator[tuple[Kind, Case]]:
+    """The groups of models, layers, training and generation that were asked for."""
+    options = session.options
+    named = [(kind, name) for kind in KINDS for name in getattr(options, kind.asked)]
+    for kind, name in named:
+        kind = BERT if (kind.asked, name) == ("models", "bert") else kind
+        try:
+            found = list(module_of(kind).cases(name, options))
+        except (ImportError, ValueError) as why:
+            session.run.skip(name, str(why))
+            continue
+        if not found:
+            session.run.skip(name, f"it has no {', '.join(options.directions)}")
+        for case in found:
+            yield kind, case
+
+
+def module_of(kind: Kind):
+    return importlib.import_module(f".models.{kind.module}", __package__)
+
+
+def seconds(session, kind: Kind) -> float:
+    return session.options.budget_s or kind.seconds[session.options.suite]
+
+
+def _measure(session, kind: Kind, case: Case, holder: dict, budget: float, on_round) -> list[Row]:
+    """The models of one Bench live until the next Bench's."""
+    options, module = session.options, module_of(kind)
+    torch.set_num_threads(case.threads)
+    key = (kind.module, *case.made.items())
+    if key not in holder:
+        holder.clear()
+        everyone = options.suite == "full" or (kind.beside and not options.providers)
+        chosen = session.providers if everyone else options.providers
+        beside = {n: p for n, p in session.providers.items() if n in chosen}
+        holder[key] = module.Bench(
+            **case.made, device=session.device, run=session.run, beside=beside
+        )
+    rows = holder[key].measure(case.threads, budget, on_round, **case.given)
+    about = case.made | case.given
+    return add_fresh(
+        session, rows, f"models.{kind.module}:fresh", case.threads, case.memory, **about
     )
-    for plan, names in kinds:
-        for name in names:
-            try:
-                steps += plan(session, name)
-            except (ImportError, ValueError) as why:
-                session.run.skip(name, str(why))
-    return steps
-
-
-def threads_of_models(options) -> tuple[int, ...]:
-    """The thread counts asked for; if none were, also all cores, as a user would run it."""
-    chosen = options.threads
-    if options.default_threads:
-        chosen = tuple(dict.fromkeys((*chosen, len(os.sched_getaffinity(0)))))
-    return chosen
-
-
-def _seconds(session, table: dict[str, float]) -> float:
-    return session.options.budget_s or table[session.options.suite]
-
-
-def _compiled(session) -> bool:
-    return session.options.suite == "full" or "torch_compile" in session.options.providers
-
-
-def _wanted(session, direction: str) -> bool:
-    return session.options.default_directions or direction in session.options.directions
 
 
 def add_fresh(
@@ -89,162 +123,3 @@ def add_fresh(
 def fresh_provider(row: Row) -> bool:
     """Other runtimes have processes, or conversions, of their own."""
     return row.ours or row.provider in (*APART, "torch_compile")
-
-
-def _bert(session) -> list[Step]:
-    options = session.options
-    seconds = _seconds(session, MODEL_SECONDS)
-    every, first = threads_of_models(options), options.threads
-    dtypes = options.dtypes
-    jobs = [(d, i, "forward", t) for i in (1, 0) for d in dtypes for t in first]
-    jobs += [(dtype, 1, "step", first[0]) for dtype in dtypes]
-    jobs += [(d, 0, "forward", t) for d in dtypes for t in every if t not in first]
-    kept: dict[str, object] = {}
-
-    def bench(dtype: str):
-        """The models of one dtype, kept for its next rows."""
-        if dtype not in kept:
-            try:
-                bert = importlib.import_module(".models.bert", __package__)
-                kept["source"] = kept.get("source") or bert.load(session.device)
-                kept[dtype] = bert.Bench(kept["source"], dtype, session.device, session.run)
-            except ImportError as missing:
-                session.run.skip("BERT", str(missing))
-                kept[dtype] = None
-        return kept[dtype]
-
-    def measure(budget, on_round, dtype, batch, direction, threads):
-        torch.set_num_threads(threads)
-        found = bench(dtype)
-        if found is None:
-            return []
-        name = list(found.source.batches)[batch]
-        return found.measure(name, direction, threads, budget, on_round)
-
-    steps = []
-    for dtype, batch, direction, threads in jobs:
-        text = ("sentences", "paragraphs")[batch]
-        title = f"BERT on {text} {dtype} {direction}, {threads} thr."
-        about = {"dtype": dtype, "batch": batch, "direction": direction, "threads": threads}
-        steps.append(Step(title, seconds, partial(measure, **about)))
-    return steps
-
-
-def _family(session, name: str) -> list[Step]:
-    """One family, or a folder; its models of one dtype live until the next dtype's."""
-    families = importlib.import_module(".models.families", __package__)
-    source = families.source_of(name)
-    options, holder = session.options, {}
-    threads = options.threads[0]
-    peers = {n: p for n, p in session.providers.items() if hasattr(p, "model_forward")}
-    if options.suite != "full":
-        peers = {n: p for n, p in peers.items() if n in options.providers}
-
-    def measure(budget, on_round, dtype, direction, size):
-        torch.set_num_threads(threads)
-        if dtype not in holder:
-            holder.clear()
-            holder[dtype] = families.Bench(
-                source, dtype, session.device, session.run, _compiled(session), peers
-            )
-        rows = holder[dtype].measure(direction, size, threads, budget, on_round)
-        about = {"source": name, "dtype": dtype, "direction": direction, "size": size}
-        about["memory"] = name not in families.FAMILIES and direction == "step"
-        return add_fresh(session, rows, "models.families:fresh", threads, **about)
-
-    seconds = _seconds(session, MODEL_SECONDS)
-    return [
-        Step(
-            f"{source.title} {dtype} {direction} {size[0]} x {size[1]}", seconds,
-            partial(measure, dtype=dtype, direction=direction, size=size),
-        )
-        for dtype in options.dtypes
-        for direction, sizes in source.batches.items()
-        if _wanted(session, direction)
-        for size in sizes
-    ]  # fmt: skip
-
-
-def _layer(session, name: str) -> list[Step]:
-    layers = importlib.import_module(".models.layers", __package__)
-    options, holder = session.options, {}
-    threads = options.threads[0]
-    compiled = not options.providers or _compiled(session)
-    sizes = ((options.batch, size) for size in options.sizes) if options.sizes else layers.SIZES
-
-    def measure(budget, on_round, dtype, direction, size):
-        torch.set_num_threads(threads)
-        if (dtype, size) not in holder:
-            holder.clear()
-            holder[dtype, size] = layers.Bench(
-                name, dtype, size, session.device, session.run, compiled
-            )
-        rows = holder[dtype, size].measure(direction, threads, budget, on_round)
-        about = {"name": name, "dtype": dtype, "direction": direction, "size": size}
-        return add_fresh(session, rows, "models.layers:fresh", threads, **about)
-
-    seconds = _seconds(session, LAYER_SECONDS)
-    return [
-        Step(
-            f"{name} layer {dtype} {direction} {size[0]} x {size[1]}", seconds,
-            partial(measure, dtype=dtype, direction=direction, size=size),
-        )
-        for dtype in options.dtypes
-        for size in sizes
-        for direction in layers.DIRECTIONS
-        if _wanted(session, direction)
-    ]  # fmt: skip
-
-
-def _train(session, name: str) -> list[Step]:
-    train = importlib.import_module(".models.train", __package__)
-    options, holder, work = session.options, {}, train.job(name)
-    threads = options.threads[0]
-
-    def measure(budget, on_round, dtype, size):
-        torch.set_num_threads(threads)
-        if dtype not in holder:
-            holder.clear()
-            holder[dtype] = train.Bench(
-                work, dtype, session.device, session.run, _compiled(session)
-            )
-        rows = holder[dtype].measure(size, threads, budget, on_round)
-        about = {"name": name, "dtype": dtype, "size": size}
-        return add_fresh(session, rows, "models.train:fresh", threads, **about)
-
-    seconds = _seconds(session, MODEL_SECONDS)
-    return [
-        Step(
-            f"training {work.title} {dtype} {size[0]} x {size[1]}", seconds,
-            partial(measure, dtype=dtype, size=size),
-        )
-        for dtype in options.dtypes
-        for size in work.sizes
-    ]  # fmt: skip
-
-
-def _generate(session, name: str) -> list[Step]:
-    """A model that generates; those of one dtype live until the next dtype's."""
-    generate = importlib.import_module(".models.generate", __package__)
-    options, holder = session.options, {}
-    peers = {n: p for n, p in session.providers.items() if hasattr(p, "generation")}
-
-    def measure(budget, on_round, dtype, batch, threads):
-        torch.set_num_threads(threads)
-        if dtype not in holder:
-            holder.clear()
-            holder[dtype] = generate.Bench(name, dtype, session.device, session.run, peers)
-        rows = holder[dtype].measure(batch, threads, budget, on_round)
-        about = {"name": name, "dtype": dtype, "batch": batch}
-        return add_fresh(session, rows, "models.generate:fresh", threads, **about)
-
-    seconds = _seconds(session, MODEL_SECONDS)
-    return [
-        Step(
-            f"generation by {name} {dtype}, {batch} a batch, {threads} thr.", seconds,
-            partial(measure, dtype=dtype, batch=batch, threads=threads),
-        )
-        for dtype in options.dtypes
-        for batch in generate.BATCHES
-        for threads in threads_of_models(options)
-    ]  # fmt: skip

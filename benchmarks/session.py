@@ -112,7 +112,7 @@ class Session:
         wanted = set(self.options.threads)
         several = "bert" in self.options.models or self.options.generation
         if several and self.device.type == "cpu":
-            wanted.update(plans.threads_of_models(self.options))
+            wanted.update(self.options.model_threads)
         for threads in sorted(wanted):
             torch.set_num_threads(threads)
             dtypes = {name: DTYPES[name] for name in self.options.dtypes}

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..contest import Contender, Group, compare
+from ..contest import Bench as Contest
+from ..contest import Case, Contender, Group
 from ..gate import Error, Verdict, judge
 from ..ops.attention_case import DTYPES
-from ..rows import Row, Run
+from ..rows import Run
 from .sentences import SENTENCES, paragraphs
 
 NAME = "bert"
@@ -65,6 +67,9 @@ def load(device: torch.device) -> Source:
     return Source("all-MiniLM-L6-v2", make, batches)
 
 
+_loaded = cache(load)
+
+
 def _random(device: torch.device, why: str) -> Source:
     transformers = importlib.import_module("transformers")
     config = transformers.BertConfig(**RANDOM)
@@ -85,11 +90,31 @@ def _random(device: torch.device, why: str) -> Source:
     return Source("random BERT", make, batches, [f"random weights and token ids, because {why}"])
 
 
-class Bench:
+def cases(name: str, options) -> Iterator[Case]:
+    importlib.import_module("transformers")
+    first = options.threads
+    jobs = [(batch, "forward", threads) for batch in (1, 0) for threads in first]
+    jobs += [(1, "step", first[0])]
+    jobs += [(0, "forward", threads) for threads in options.model_threads if threads not in first]
+    for dtype in options.dtypes:
+        for batch, direction, threads in jobs:
+            if options.wants(direction):
+                text = ("sentences", "paragraphs")[batch]
+                yield Case(
+                    f"BERT on {text} {dtype} {direction}, {threads} thr.",
+                    {"dtype": dtype}, {"batch": batch, "direction": direction}, threads,
+                )  # fmt: skip
+
+
+class Bench(Contest):
     """One model in one dtype: an unpatched copy each attention has, one patched, one in fp64."""
 
-    def __init__(self, source: Source, dtype: str, device: torch.device, run: Run):
-        self.source, self.dtype, self.device, self.run = source, dtype, device, run
+    def __init__(
+        self, dtype: str, device: torch.device, run: Run,
+        beside: Mapping[str, Any] | None = None, source: Source | None = None,
+    ):  # fmt: skip
+        self.source = source = source or _loaded(device)
+        self.dtype, self.device, self.run = dtype, device, run
         torch_dtype = DTYPES[dtype]
         self._verdicts: dict[tuple[str, bool], dict[str, Verdict]] = {}
         self.exact = source.make(torch.float64, "sdpa")
@@ -134,10 +159,10 @@ class Bench:
         ours, theirs = (_similarities(self.models[name], batch) for name in ("fasttx", "sdpa"))
         return (ours - theirs).abs().max().item()
 
-    def measure(
-        self, batch_name: str, direction: str, threads: int, budget_s: float, on_round=None
-    ) -> list[Row]:
-        batch = self.source.batches[batch_name]
+    def contest(
+        self, threads: int, batch: int, direction: str
+    ) -> tuple[Group, dict[str, Contender]]:
+        batch_name, batch = list(self.source.batches.items())[batch]
         verdicts = self.verdicts(batch_name, direction == "step")
         contenders = {
             name: Contender(LABELS[name], _call(model, batch, direction), verdicts[name])
@@ -155,7 +180,22 @@ class Bench:
             _shape(batch), _facts(batch), flops=_flops(self.models["sdpa"], batch, direction),
             tokens=int(batch["attention_mask"].sum()), notes=notes,
         )  # fmt: skip
-        return compare(group, contenders, self.device, threads, budget_s, self.run, on_round)
+        return group, contenders
+
+
+def fresh(dtype: str, batch: int, direction: str, provider: str, device: torch.device) -> Callable:
+    """For a fresh process (fresh.py): one model; the smaller batch is the first row's start."""
+    source = load(device)
+    model = source.make(DTYPES[dtype], "eager" if provider == "eager" else "sdpa")
+    whole = list(source.batches.values())[batch]
+    small = {name: t[:1, :16] for name, t in whole.items()}
+
+    def prepare():
+        if provider == "fasttx" and (why := _patch(model)):
+            raise ValueError(why)
+        return [_call(model, given, direction) for given in (whole, small)]
+
+    return prepare
 
 
 def max_error(a: Error, b: Error) -> Error:

@@ -12,7 +12,7 @@ import importlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..contest import Contender, Group, compare, timed
+from ..contest import Bench as Contest
+from ..contest import Case, Contender, Group, timed
 from ..gate import Error, Verdict, judge
 from ..ops.attention_case import DTYPES
 from ..providers import Skip
-from ..rows import Row, Run
+from ..rows import Run
 
 BASE = "sdpa"
 LABELS = {
@@ -165,21 +166,35 @@ def _fitting(head, path: str) -> tuple[int, int]:
     return max(1, min(_SHORT[0], FOLDER_FLOPS // (2 * parameters * length))), length
 
 
-class Bench:
-    """One model in one dtype: unpatched, patched, in fp64; compiled too where `compiled`; for
-    generation also in fasttx.models, where that knows the family."""
+def cases(name: str, options) -> Iterator[Case]:
+    source, threads = source_of(name), options.threads[0]
+    for dtype in options.dtypes:
+        for direction, sizes in source.batches.items():
+            for size in sizes if options.wants(direction) else ():
+                yield Case(
+                    f"{source.title} {dtype} {direction} {size[0]} x {size[1]}",
+                    {"source": name, "dtype": dtype}, {"direction": direction, "size": size},
+                    threads, memory=name not in FAMILIES and direction == "step",
+                )  # fmt: skip
+
+
+class Bench(Contest):
+    """One model in one dtype, of a source or its name: unpatched, patched, in fp64; for generation
+    also in fasttx.models, where that knows the family; and what of the providers `beside` it can
+    run."""
 
     def __init__(
         self,
-        source: Source,
+        source: Source | str,
         dtype: str,
         device: torch.device,
         run: Run,
-        compiled: bool = False,
-        peers: Mapping[str, Any] | None = None,
+        beside: Mapping[str, Any] | None = None,
     ):
-        self.peers = peers or {}
-        self.source, self.dtype, self.device, self.run = source, dtype, device, run
+        beside = beside or {}
+        self.peers = {n: p for n, p in beside.items() if hasattr(p, "model_forward")}
+        self.source = source = source_of(source) if isinstance(source, str) else source
+        self.dtype, self.device, self.run = dtype, device, run
         torch_dtype = DTYPES[dtype]
         self.models = {"sdpa": source.make(torch_dtype).to(device)}
         # The same rounded weights, so that only the arithmetic differs.
@@ -195,13 +210,13 @@ class Bench:
                 self.models["fasttx_models"] = as_fasttx(self.models["sdpa"])
             except ValueError as error:
                 run.skip(f"fasttx.models for {source.name}", str(error))
-        if compiled:
+        if "torch_compile" in beside:
             self.models["torch_compile"] = torch.compile(copy.deepcopy(self.models["sdpa"]))
         self._judged: dict[tuple, tuple] = {}
 
-    def measure(
-        self, direction: str, size: tuple[int, int], threads: int, budget_s: float, on_round=None
-    ) -> list[Row]:
+    def contest(
+        self, threads: int, direction: str, size: tuple[int, int]
+    ) -> tuple[Group, dict[str, Contender]]:
         batch = make_batch(self.exact.config, self.source.kind, size, self.device)
         verdicts, prepared, flops = self._judge(direction, size, batch)
         contenders = {
@@ -221,7 +236,7 @@ class Bench:
             notes=["timed with the model's own dropout, checked without it"]
             if direction == "step" else [],
         )  # fmt: skip
-        return compare(group, contenders, self.device, threads, budget_s, self.run, on_round)
+        return group, contenders
 
     def _names(self, direction: str) -> list[str]:
         unfit = "torch_compile" if direction == "generate" else "fasttx_models"
@@ -312,11 +327,11 @@ def fresh(
 
 
 def made_ready(model: torch.nn.Module, provider: str):
-    """The model as a provider runs it."""
+    """The model as a provider runs it; ValueError where fasttx cannot."""
     if provider == "fasttx_models":
         return as_fasttx(model)
-    if provider == "fasttx":
-        patch(model)
+    if provider == "fasttx" and (why := patch(model)):
+        raise ValueError(why)
     return torch.compile(model) if provider == "torch_compile" else model
 
 

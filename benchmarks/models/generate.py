@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..apart import NOTE
-from ..contest import Contender, Group, compare
+from ..apart import NOTE, Apart
+from ..contest import Bench as Contest
+from ..contest import Case, Contender, Group, compare
 from ..gate import Error, Verdict, judge
 from ..ops.attention_case import DTYPES
 from ..providers import Skip
@@ -56,8 +57,19 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-class Bench:
-    """One model in one dtype: transformers', the same weights in fasttx.models, and in fp64."""
+def cases(name: str, options) -> Iterator[Case]:
+    for dtype in options.dtypes:
+        for batch in BATCHES:
+            for threads in options.model_threads:
+                yield Case(
+                    f"generation by {name} {dtype}, {batch} a batch, {threads} thr.",
+                    {"name": name, "dtype": dtype}, {"batch": batch}, threads,
+                )  # fmt: skip
+
+
+class Bench(Contest):
+    """One model in one dtype: transformers', the same weights in fasttx.models, and in fp64; and
+    what of the providers `beside` it can run."""
 
     def __init__(
         self,
@@ -65,34 +77,38 @@ class Bench:
         dtype: str,
         device: torch.device,
         run: Run,
-        peers: Mapping[str, Any] | None = None,
+        beside: Mapping[str, Any] | None = None,
     ):
         self.name, self.dtype, self.device, self.run = name, dtype, device, run
-        self.peers = peers or {}
+        self.peers = {n: p for n, p in (beside or {}).items() if hasattr(p, "generation")}
         self.theirs = make(name, dtype, device)
         self.ours = as_fasttx(self.theirs)
         self.seq2seq = self.theirs.config.is_encoder_decoder
         self._judged: dict[int, tuple] = {}
 
-    def measure(self, batch: int, threads: int, budget_s: float, on_round=None) -> list[Row]:
+    def contest(self, threads: int, batch: int) -> tuple[Group, dict[str, Contender]]:
         ids = _prompt(self.theirs.config.vocab_size, batch, self.device)
         verdicts, chosen, exact = self._judge(batch, ids)
         contenders = {
             name: Contender(LABELS[name], call, verdicts[name])
             for name, call in calls(self.ours, self.theirs, ids).items()
         }
-        apart = self._peers(ids, chosen, exact, threads)
-        contenders |= apart
+        contenders |= self._peers(ids, chosen, exact, threads)
         group = Group(
             "generate", self.name, f"{self.name}, {batch} x {PROMPT} + {NEW_TOKENS}", "generate",
             self.dtype, BASE, {"batch": batch, "queries": NEW_TOKENS}, {"prompt": PROMPT},
             moved=self._read_a_step() * NEW_TOKENS, tokens=batch * NEW_TOKENS,
         )  # fmt: skip
+        return group, contenders
+
+    def measure(self, threads: int, budget_s: float, on_round=None, **given: Any) -> list[Row]:
+        group, contenders = self.contest(threads, **given)
         try:
             rows = compare(group, contenders, self.device, threads, budget_s, self.run, on_round)
         finally:
-            for peer in apart.values():
-                peer.call.close()
+            for contender in contenders.values():
+                if isinstance(contender.call, Apart):
+                    contender.call.close()
         for row in rows:
             row.notes.append(f"{row.median_s / NEW_TOKENS * 1e3:.2f} ms a token")
         return rows

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..contest import Contender, Group, compare, timed
+from ..contest import Bench as Contest
+from ..contest import Case, Contender, Group, timed
 from ..gate import Error, judge
 from ..ops.attention_case import DTYPES
-from ..rows import Row, Run
+from ..rows import Run
 from .families import FAMILIES, as_fasttx, patch
 
 BASE = "sdpa"
@@ -108,12 +109,25 @@ def catch(model: nn.Module, kind: str, part: str, size, memory: bool) -> Caught:
     return Caught(layer, tuple(positional), named, x.shape if memory else None)
 
 
-class Bench:
-    """One layer in one dtype and size, on the same rounded weights everywhere, and in fp64."""
+def cases(name: str, options) -> Iterator[Case]:
+    sizes = [(options.batch, size) for size in options.sizes] or SIZES
+    for dtype in options.dtypes:
+        for size in sizes:
+            for direction in filter(options.wants, DIRECTIONS):
+                yield Case(
+                    f"{name} layer {dtype} {direction} {size[0]} x {size[1]}",
+                    {"name": name, "dtype": dtype, "size": size}, {"direction": direction},
+                    options.threads[0],
+                )  # fmt: skip
+
+
+class Bench(Contest):
+    """One layer in one dtype and size, on the same rounded weights everywhere, and in fp64;
+    compiled too if torch.compile is `beside`."""
 
     def __init__(
         self, name: str, dtype: str, size: tuple[int, int], device: torch.device, run: Run,
-        compiled: bool = True,
+        beside: Mapping[str, Any] | None = None,
     ):  # fmt: skip
         transformers = importlib.import_module("transformers")
         self.name, self.dtype, self.size, self.device, self.run = name, dtype, size, device, run
@@ -135,7 +149,7 @@ class Bench:
             run.skip(f"fasttx.patch on {name}", why)
         self._add_blocks(model)
         self._add("sdpa", model, self.about.kind)
-        if compiled:
+        if "torch_compile" in (beside or {}):
             self._add("torch_compile", copy.deepcopy(model), self.about.kind)
             layer, call = self.layers["torch_compile"]
             torch._dynamo.reset()
@@ -173,7 +187,7 @@ class Bench:
             found[name].requires_grad_()
         return found
 
-    def measure(self, direction: str, threads: int, budget_s: float, on_round=None) -> list[Row]:
+    def contest(self, threads: int, direction: str) -> tuple[Group, dict[str, Contender]]:
         exact = self._answers(*self.exact, direction, {n: t.double() for n, t in self.x.items()})
         contenders, plain = {}, None
         for name in ("sdpa", *(n for n in self.layers if n != "sdpa")):
@@ -189,8 +203,7 @@ class Bench:
             notes=["timed with the layer's own dropout, checked without it"]
             if direction == "step" else [],
         )  # fmt: skip
-        ordered = {name: contenders[name] for name in LABELS if name in contenders}
-        return compare(group, ordered, self.device, threads, budget_s, self.run, on_round)
+        return group, {name: contenders[name] for name in LABELS if name in contenders}
 
     def _contender(self, name, direction, errors, plain, seconds) -> Contender:
         verdict = judge(errors, plain, DTYPES[self.dtype])
@@ -230,10 +243,10 @@ def fresh(
     device: torch.device,
 ) -> Callable:  # fmt: skip
     """For a fresh process (fresh.py): the layers of all providers are made, one is measured."""
-    compiled = provider == "torch_compile"
-    made = [
-        Bench(name, dtype, tuple(s), device, Run("", "", {}), compiled) for s in (size, (1, 16))
-    ]
+    run = Run("", "", {})
+    made = [Bench(name, dtype, tuple(s), device, run, {provider: None}) for s in (size, (1, 16))]
+    if provider not in made[0].layers:
+        raise ValueError("; ".join(left_out["why"] for left_out in run.skipped))
     return lambda: [bench.call(provider, direction) for bench in made]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import importlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..contest import Contender, Group, compare, timed
+from ..contest import Bench as Contest
+from ..contest import Case, Contender, Group, timed
 from ..gate import Error, judge
 from ..ops.attention_case import DTYPES
-from ..rows import Row, Run
+from ..rows import Run
 from .families import BASE, FAMILIES, LABELLED, LABELS, as_fasttx, made_ready, make_batch, patch
 
 LEARNING_RATE = 1e-5
@@ -136,11 +137,25 @@ def _toy_batch(toy: Toy, kind: str) -> dict[str, Tensor]:
     return batch | {"labels": ids.masked_fill(~seen, -100)}
 
 
-class Bench:
-    """One job in one dtype on one device."""
+def cases(name: str, options) -> Iterator[Case]:
+    work = job(name)
+    for dtype in options.dtypes:
+        for size in work.sizes:
+            yield Case(
+                f"training {work.title} {dtype} {size[0]} x {size[1]}",
+                {"name": name, "dtype": dtype}, {"size": size}, options.threads[0],
+            )  # fmt: skip
 
-    def __init__(self, work: Job, dtype: str, device: torch.device, run: Run, compiled=False):
-        self.job, self.dtype, self.device, self.run = work, dtype, device, run
+
+class Bench(Contest):
+    """One job in one dtype on one device; compiled too if torch.compile is `beside`."""
+
+    def __init__(
+        self, name: str, dtype: str, device: torch.device, run: Run,
+        beside: Mapping[str, Any] | None = None,
+    ):  # fmt: skip
+        self.job = work = job(name)
+        self.dtype, self.device, self.run = dtype, device, run
         plain = work.make().to(device)
         self.exact = copy.deepcopy(plain).double()
         self.models = {"sdpa": plain}
@@ -151,10 +166,10 @@ class Bench:
         else:
             run.skip(f"fasttx.patch on {work.name}", why)
         self.models["fasttx_models"] = as_fasttx(plain)
-        if compiled:
+        if "torch_compile" in (beside or {}):
             self.models["torch_compile"] = torch.compile(copy.deepcopy(plain))
 
-    def measure(self, size, threads: int, budget_s: float, on_round=None) -> list[Row]:
+    def contest(self, threads: int, size: tuple[int, int]) -> tuple[Group, dict[str, Contender]]:
         batch = self.job.batch(self.models["sdpa"], size)
         batch = {name: t.to(self.device) for name, t in batch.items()}
         exact = gradients_by_name(self.exact, batch, "fp64")
@@ -180,7 +195,7 @@ class Bench:
             notes=["forward, backward, clipping and AdamW; timed with the model's own dropout, "
                    "checked without it"],
         )  # fmt: skip
-        return compare(group, contenders, self.device, threads, budget_s, self.run, on_round)
+        return group, contenders
 
 
 def fresh(

@@ -42,7 +42,7 @@ def source(request, monkeypatch):
 def test_a_family_is_measured_and_checked(source, direction):
     run = Run("test", "now", {})
     bench = families.Bench(source, "fp32", CPU, run)
-    rows = {r.provider: r for r in bench.measure(direction, (4, 12), 1, 0.0)}
+    rows = {r.provider: r for r in bench.measure(1, 0.0, direction=direction, size=(4, 12))}
     assert "sdpa" in rows and ("fasttx" in rows) != bool(run.skipped)
     for row in rows.values():
         assert row.ok, row.why
@@ -53,7 +53,7 @@ def test_a_wrong_model_gets_no_ratio(monkeypatch):
     monkeypatch.setattr(families, "patch", _spoil)
     source = families.Source("x", "x", "causal", _gpt2, {"forward": ((2, 8),)})
     bench = families.Bench(source, "fp32", CPU, Run("test", "now", {}))
-    rows = {r.provider: r for r in bench.measure("forward", (2, 8), 1, 0.0)}
+    rows = {r.provider: r for r in bench.measure(1, 0.0, direction="forward", size=(2, 8))}
     assert rows["fasttx"].ok is False and rows["fasttx"].ratio is None
 
 
@@ -73,7 +73,7 @@ def test_a_folder_runs_forward_step_and_generation(tmp_path):
     source = families.folder(str(tmp_path / "mine"))
     assert source.title == "mine (GPT2LMHeadModel)" and source.kind == "causal"
     bench = families.Bench(source, "fp32", CPU, Run("test", "now", {}))
-    rows = bench.measure("generate", (1, 8), 1, 0.0)
+    rows = bench.measure(1, 0.0, direction="generate", size=(1, 8))
     assert all(r.ok for r in rows) and {r.provider for r in rows} >= {"sdpa"}
 
 

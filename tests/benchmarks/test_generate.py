@@ -27,7 +27,7 @@ def test_a_model_is_measured_and_checked(name, dtype, monkeypatch):
     head, config, _ = generate.MODELS[name]
     monkeypatch.setitem(generate.MODELS, name, (head, config, TINY[name] | {"vocab_size": 90}))
     bench = generate.Bench(name, dtype, torch.device("cpu"), Run("test", "now", {}))
-    rows = {row.provider: row for row in bench.measure(2, 1, 0.0)}
+    rows = {row.provider: row for row in bench.measure(1, 0.0, batch=2)}
     assert list(rows) == ["fasttx", "dynamic", "static"]
     for row in rows.values():
         assert row.ok, row.why
@@ -42,7 +42,7 @@ def test_a_wrong_model_gets_no_ratio(monkeypatch):
     bench = generate.Bench(name, "fp32", torch.device("cpu"), Run("test", "now", {}))
     with torch.no_grad():
         bench.ours.transformer.stack.norm.bias.add_(0.1)
-    rows = {row.provider: row for row in bench.measure(1, 1, 0.0)}
+    rows = {row.provider: row for row in bench.measure(1, 0.0, batch=1)}
     assert rows["fasttx"].ok is False and rows["fasttx"].ratio is None
 
 
@@ -59,7 +59,7 @@ def test_ctranslate2(name, monkeypatch):
     monkeypatch.setitem(generate.MODELS, name, (head, config, TINY[name] | {"vocab_size": 90}))
     run = Run("test", "now", {})
     bench = generate.Bench(name, "fp32", torch.device("cpu"), run, peers)
-    rows = {row.provider: row for row in bench.measure(2, 1, 0.0)}
+    rows = {row.provider: row for row in bench.measure(1, 0.0, batch=2)}
     assert not run.skipped
     assert rows["ctranslate2"].ok, rows["ctranslate2"].why
     assert rows["ctranslate2_int8"].ok is False

@@ -33,11 +33,11 @@ def tiny(monkeypatch):
 @pytest.mark.parametrize("name", layers.LAYERS)
 def test_a_layer_is_measured_beside_everyone(tiny, name, dtype):
     run = Run("test", "now", {})
-    bench = layers.Bench(name, dtype, (2, 12), CPU, run, compiled=False)
+    bench = layers.Bench(name, dtype, (2, 12), CPU, run)
     expected = {"fasttx", "fasttx_nn", "sdpa"}
     expected |= TORCH_NN if layers.LAYERS[name].torch_nn is None else set()
     for direction in layers.DIRECTIONS:
-        rows = bench.measure(direction, 1, 0.0)
+        rows = bench.measure(1, 0.0, direction=direction)
         assert {row.provider for row in rows} == expected
         for row in rows:
             assert row.ok, (row.provider, row.why)
@@ -46,10 +46,10 @@ def test_a_layer_is_measured_beside_everyone(tiny, name, dtype):
 
 
 def test_a_wrong_layer_gets_no_ratio(tiny):
-    bench = layers.Bench("bert", "fp32", (2, 8), CPU, Run("test", "now", {}), compiled=False)
+    bench = layers.Bench("bert", "fp32", (2, 8), CPU, Run("test", "now", {}))
     with torch.no_grad():
         bench.layers["fasttx_nn"][0].norm1.weight.mul_(1.01)
-    rows = {row.provider: row for row in bench.measure("forward", 1, 0.0)}
+    rows = {row.provider: row for row in bench.measure(1, 0.0, direction="forward")}
     assert rows["fasttx_nn"].ok is False and rows["fasttx_nn"].ratio is None
     assert rows["fasttx"].ok and rows["fasttx"].best_other in {"sdpa", "torch_nn"}
 
@@ -65,9 +65,8 @@ def _small(monkeypatch, name: str) -> None:
 @pytest.mark.parametrize("name", train.TOYS)
 def test_training_steps_are_measured_and_checked(monkeypatch, name, dtype):
     _small(monkeypatch, name)
-    work = train.job(name)
-    bench = train.Bench(work, dtype, CPU, Run("test", "now", {}))
-    rows = bench.measure(work.sizes[0], 1, 0.0)
+    bench = train.Bench(name, dtype, CPU, Run("test", "now", {}))
+    rows = bench.measure(1, 0.0, size=bench.job.sizes[0])
     assert [row.provider for row in rows] == ["fasttx", "fasttx_models", "sdpa"]
     for row in rows:
         assert row.ok, (row.provider, row.why)
@@ -76,11 +75,10 @@ def test_training_steps_are_measured_and_checked(monkeypatch, name, dtype):
 
 def test_wrong_gradients_are_seen(monkeypatch):
     _small(monkeypatch, "toy-gpt2")
-    work = train.job("toy-gpt2")
-    bench = train.Bench(work, "fp32", CPU, Run("test", "now", {}))
+    bench = train.Bench("toy-gpt2", "fp32", CPU, Run("test", "now", {}))
     weight = bench.models["fasttx_models"].transformer.stack.layers[0].norm1.weight
     weight.register_hook(lambda gradient: 2 * gradient)
-    rows = {row.provider: row for row in bench.measure(work.sizes[0], 1, 0.0)}
+    rows = {row.provider: row for row in bench.measure(1, 0.0, size=bench.job.sizes[0])}
     assert rows["fasttx_models"].ok is False and rows["fasttx_models"].ratio is None
 
 

@@ -34,8 +34,8 @@ def test_without_the_package_a_random_bert_is_used_and_it_says_so(source):
 @pytest.mark.parametrize("direction", ["forward", "step"])
 def test_patched_and_unpatched_rows_are_checked(source, direction):
     run = Run("test", "now", {})
-    bench = bert.Bench(source, "fp32", CPU, run)
-    rows = {row.provider: row for row in bench.measure("3 x 16 ids", direction, 1, 0.0)}
+    bench = bert.Bench("fp32", CPU, run, source=source)
+    rows = {row.provider: row for row in bench.measure(1, 0.0, batch=0, direction=direction)}
     assert set(rows) == {"fasttx", "sdpa", "eager"}
     assert bench.models["fasttx"].config._attn_implementation == "fasttx"
     for row in rows.values():
@@ -53,4 +53,4 @@ def test_three_copies_of_one_attention_are_refused(source):
 
     source.make = always_eager
     with pytest.raises(RuntimeError, match="nothing to compare"):
-        bert.Bench(source, "fp32", CPU, Run("test", "now", {}))
+        bert.Bench("fp32", CPU, Run("test", "now", {}), source=source)

@@ -87,8 +87,8 @@ def test_onnxruntime(monkeypatch):
     source = families.Source("tiny", "tiny", "masked", make, {"forward": ((2, 12),)})
     for dtype in ("fp32", "bf16"):
         run = Run("test", "now", {})
-        bench = families.Bench(source, dtype, CPU, run, peers={"onnxruntime": provider})
-        rows = {r.provider: r for r in bench.measure("forward", (2, 12), 1, 0.0)}
+        bench = families.Bench(source, dtype, CPU, run, beside={"onnxruntime": provider})
+        rows = {r.provider: r for r in bench.measure(1, 0.0, direction="forward", size=(2, 12))}
         if dtype == "fp32":
             assert rows["onnxruntime"].ok, rows["onnxruntime"].why
         else:
@@ -113,6 +113,8 @@ def test_torchao_tells_its_error():
 
     source = families.Source("tiny", "tiny", "masked", make, {"forward": ((2, 12),)})
     run = Run("test", "now", {})
-    bench = families.Bench(source, "fp32", CPU, run, peers={"torchao_int8": provider})
-    row = {r.provider: r for r in bench.measure("forward", (2, 12), 1, 0.0)}["torchao_int8"]
+    bench = families.Bench(source, "fp32", CPU, run, beside={"torchao_int8": provider})
+    row = {r.provider: r for r in bench.measure(1, 0.0, direction="forward", size=(2, 12))}[
+        "torchao_int8"
+    ]
     assert row.ok is False and row.ratio is None and 1e-5 < row.error < 0.1
