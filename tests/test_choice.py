@@ -1,4 +1,5 @@
 """What was measured to be the fastest goes first, where its measurement says so."""
+# ruff: noqa: E501 (tables, one case a line)
 
 import json
 import re
@@ -218,6 +219,48 @@ def test_gradients_and_compiled_calls_follow_the_choice(measured):
             torch.nn.functional.linear(*leaves), leaves, torch.ones_like(out)
         )
         torch.testing.assert_close(grads, wanted, rtol=0.05, atol=0.05)
+
+
+def leaf(*shape):
+    return lambda dtype: torch.randn(shape).to(dtype).requires_grad_()
+
+
+# op: (the argument whose dtype the entry names, what its door takes, the call).
+TRAINED = {
+    "add_norm": ("x", (leaf(6, 8), leaf(6, 8), leaf(8)), lambda x, r, w, **o: fasttx.add_norm(x, r, weight=w, **o)),
+    "cross_entropy": ("logits", (leaf(6, 8),), lambda x, **o: fasttx.cross_entropy(x, torch.arange(6), **o)),
+    "linear_cross_entropy": ("x", (leaf(6, 8), leaf(9, 8)), lambda x, w, **o: fasttx.linear_cross_entropy(x, w, torch.arange(6), reduction="none", **o)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_torch_runs_both_directions_where_it_was_the_fastest(name, measured, monkeypatch):
+    """And nowhere else: calls of another dtype go straight to the first kernel in between."""
+    of, made, call = TRAINED[name]
+    ran, both = [], [f"{name}_fwd", f"{name}_bwd"]
+    for op in both:
+        (kernel,) = (k for k in OPS[op].tables["cpu"] if k.backend == "torch")
+        assert kernel.unavailable() is None
+
+        def run(*args, own=kernel.function, op=op):
+            ran.append(op)
+            return own(*args)
+
+        monkeypatch.setattr(kernel, "function", run)
+    measured()
+    leaves = [make(torch.float32) for make in made]
+    assert {fasttx.explain(call, *leaves).chosen(op) for op in both} == {"cpu"}
+    entry = ENTRY | {"dtypes": {of: "float32"}, "sizes": {}, "given": {}, "layout": {}}
+    measured(table(ops={both[0]: [entry], both[1]: [entry | {"dtypes": {}}]}))
+    assert {fasttx.explain(call, *leaves).chosen(op) for op in both} == {"torch"}
+    for dtype in 3 * (torch.bfloat16, torch.float32):
+        leaves, found = [make(dtype) for make in made], []
+        for options in ({}, {"backend": "reference"}):
+            out = call(*leaves, **options)
+            found.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+        if dtype is torch.float32:
+            torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert ran == 3 * [both[1], *both]
 
 
 def test_dropout_keeps_its_own_bits(measured):

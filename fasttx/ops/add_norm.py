@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..autograd import Direct, differentiable
 from ..op import HALF, Kernel, Needs, Op
+from ._checks import BACKENDS as OURS
 from ._checks import (
     FLOATS,
     KINDRED,
@@ -36,6 +37,7 @@ from ._checks import (
 
 __all__ = ["add_norm", "add_norm_bwd", "add_norm_fwd", "layer_norm", "rms_norm"]
 
+BACKENDS = (*OURS, "torch")
 _KINDS = {"layer": False, "rms": True}
 
 
@@ -83,6 +85,11 @@ for _op in (add_norm_fwd, add_norm_bwd):
                 "triton",
                 _triton,
                 Needs(dtype_of="x", env=("TRITON_INTERPRET", "1"), by_name=True),
+            ),
+            Kernel(
+                "torch",
+                f"fasttx.reference.torch_own:{_op.name}",
+                Needs(dtype_of="x", absent=("seed",), by_name=True),
             ),
             _reference,
         ],
@@ -151,8 +158,8 @@ def add_norm(
         prenorm: also return the sum that is normalized.
         seed: the key of the dropout bits, an int or an int64 tensor of one element; None draws it
             from torch's generator.
-        backend: None chooses; "cpu", "cuda", "triton" or "reference" runs that or raises with every
-            kernel's reason.
+        backend: None chooses; "cpu", "cuda", "triton", "torch" (PyTorch's own kernels on the CPU,
+            without dropout) or "reference" runs that or raises with every kernel's reason.
 
     Returns:
         out [..., N], or (out, sum). Both have the dtype to which x and residual promote, whatever
@@ -208,7 +215,7 @@ def rms_norm(
 
 def _norm(x, residual, weight, bias, x_bias, dropout_p, eps, rms, prenorm, seed, backend):
     if backend is not None:
-        check_backend(backend)
+        check_backend(backend, BACKENDS)
     if not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
         raise number("eps", eps, "a finite number of at least 0")
     tensors = (x, residual, weight, bias, x_bias)

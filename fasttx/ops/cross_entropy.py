@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..autograd import Direct, differentiable
 from ..op import HALF, Kernel, Needs, Op
+from ._checks import BACKENDS as OURS
 from ._checks import check_backend, check_float, extremes, has_values, number, short
 
 __all__ = [
@@ -31,7 +32,7 @@ __all__ = [
     "cross_entropy_rescale",
 ]
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-BACKENDS = ("cpu", "cuda", "triton", "reference", "torch")
+BACKENDS = (*OURS, "torch")
 
 
 @Op
@@ -90,6 +91,15 @@ for _op in (cross_entropy_fwd, cross_entropy_bwd, cross_entropy_inplace, cross_e
     _reference = Kernel(
         "reference", f"fasttx.reference.cross_entropy:{_op.name}", Needs(dtypes=None)
     )
+    # PyTorch has nothing that leaves the gradient in the logits' memory.
+    _unfused = [
+        Kernel(
+            "torch",
+            f"fasttx.reference.unfused:{_op.name}",
+            Needs(dtype_of=_of, absent=("z_loss",), by_name=True),
+        )
+        for _ in range("z_loss" in _op.at and not _op.mutates)
+    ]
     _op.kernels(
         cpu=[
             Kernel("cpu", f"native:{_op.name}_cpu", Needs(dtype_of=_of)),
@@ -98,11 +108,13 @@ for _op in (cross_entropy_fwd, cross_entropy_bwd, cross_entropy_inplace, cross_e
                 _triton,
                 Needs(dtype_of=_of, env=("TRITON_INTERPRET", "1"), by_name=True),
             ),
+            *_unfused,
             _reference,
         ],
         cuda=[
             Kernel("triton", _triton, Needs(dtype_of=_of, sm=80)),
             Kernel("cuda", f"native:{_op.name}_cuda", Needs(HALF, _of, sm=80)),
+            *_unfused,
             _reference,
         ],
     )
@@ -266,9 +278,9 @@ def cross_entropy(
         inplace_grad: where logits require grad, the forward leaves their gradient in their memory,
             so that no second tensor of their size exists. Their values are lost, their version
             counter rises, a second backward raises, and so does a double backward. Under
-            torch.compile and torch.func the ordinary way is taken.
-        backend: None chooses; "cpu", "cuda", "triton", "reference" or "torch" runs that or raises
-            with every kernel's reason.
+            torch.compile and torch.func, and by "torch", the ordinary way is taken.
+        backend: None chooses; "cpu", "cuda", "triton", "torch" (PyTorch's own log_softmax and
+            nll_loss, without z_loss) or "reference" runs that or raises with every kernel's reason.
 
     Returns:
         float32 (float64 for float64): a scalar, or target's shape for "none".
@@ -290,10 +302,9 @@ def cross_entropy(
     scalars = check_losses(reduction, ignore_index, label_smoothing, z_loss)
     rows = check_target(target, shape, device, V, ignore_index)
     weight = check_weight(weight, V, device)
-    if backend == "torch":
-        return _torch(logits, target, weight, reduction, scalars)
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if inplace_grad and logits.requires_grad and torch.is_grad_enabled() and not traced:
+    inplace_grad = inplace_grad and logits.requires_grad and torch.is_grad_enabled()
+    if inplace_grad and not traced and backend != "torch":
         loss = _InPlace.apply(_writable(logits), rows, weight, scalars, backend)
     else:
         loss = _cross_entropy((_rows(logits),), (rows, weight), scalars, backend, (1, 2, 3))[0]
@@ -320,18 +331,3 @@ def _writable(logits: Tensor) -> Tensor:
             f"{tuple(logits.shape)} with strides {logits.stride()}"
         )
     return rows
-
-
-def _torch(logits, target, weight, reduction, scalars) -> Tensor:
-    ignore_index, _, label_smoothing, z_loss = scalars
-    if z_loss:
-        raise NotImplementedError("fasttx.cross_entropy: backend='torch' does not support z_loss")
-    loss = torch.nn.functional.cross_entropy(
-        logits.movedim(-1, 1) if logits.dim() > 1 else logits,
-        target.long(),
-        None if weight is None else weight.to(logits.dtype),
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
-    return loss.to(_statistics(logits))

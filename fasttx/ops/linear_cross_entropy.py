@@ -70,6 +70,11 @@ for _op in (linear_cross_entropy_fwd, linear_cross_entropy_bwd):
     _reference = Kernel(
         "reference", f"fasttx.reference.linear_cross_entropy:{_op.name}", Needs(dtypes=None)
     )
+    _unfused = Kernel(
+        "torch",
+        f"fasttx.reference.unfused:{_op.name}",
+        Needs(dtype_of="x", absent=("z_loss",), by_name=True),
+    )
     _op.kernels(
         cpu=[
             Kernel("cpu", f"{_walk}_cpu", Needs(dtype_of="x")),
@@ -78,9 +83,14 @@ for _op in (linear_cross_entropy_fwd, linear_cross_entropy_bwd):
                 f"{_walk}_triton",
                 Needs(dtype_of="x", env=("TRITON_INTERPRET", "1"), by_name=True),
             ),
+            _unfused,
             _reference,
         ],
-        cuda=[Kernel("triton", f"{_walk}_triton", Needs(dtype_of="x", sm=80)), _reference],
+        cuda=[
+            Kernel("triton", f"{_walk}_triton", Needs(dtype_of="x", sm=80)),
+            _unfused,
+            _reference,
+        ],
     )
 _slope = "linear_cross_entropy_slope"
 _on_cpu = Needs(dtype_of="logits", env=("TRITON_INTERPRET", "1"), by_name=True)
@@ -182,8 +192,8 @@ def linear_cross_entropy(
         ignore_index, reduction, label_smoothing, z_loss: as in cross_entropy.
         return_logits: also return the logits [..., V]; then they do exist, and this is linear
             followed by cross_entropy.
-        backend: None chooses; "cpu", "triton", "reference" or "torch" runs that or raises with
-            every kernel's reason.
+        backend: None chooses; "cpu", "triton", "torch" (PyTorch's own operations on whole logits,
+            without z_loss) or "reference" runs that or raises with every kernel's reason.
 
     For "mean" and "sum" the gradients are computed in the forward and scaled by the upstream
     gradient; for "none", for a second backward and under torch.compile the backward computes them.
@@ -224,13 +234,13 @@ def linear_cross_entropy(
     scalars = check_losses(reduction, ignore_index, label_smoothing, z_loss)
     rows = check_target(target, x.shape[:-1], x.device, V, ignore_index)
     class_weight = check_weight(class_weight, V, x.device, "class_weight")
-    if return_logits or backend == "torch":
+    if return_logits:
         logits = torch.nn.functional.linear(x, weight, bias)
         loss = cross_entropy(
             logits, target, weight=class_weight, ignore_index=ignore_index, reduction=reduction,
             label_smoothing=label_smoothing, z_loss=z_loss, backend=backend,
         )  # fmt: skip
-        return (loss, logits) if return_logits else loss
+        return loss, logits
     tensors = (x.reshape(-1, K), weight, bias)
     recompute = (
         scalars[1] == 0

@@ -8,14 +8,19 @@ import torch
 from torch import Tensor
 
 
-def _rows(logits: Tensor, target: Tensor, ignore_index: int, wide: torch.dtype):
-    """x [M, V] with ignored rows 0, the rows used, those whose target is out of range, a safe
-    target."""
-    V = logits.shape[-1]
+def targets(target: Tensor, V: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows used, those whose target is out of range, a safe target."""
     used = target != ignore_index
     bad = used & ((target < 0) | (target >= V))
+    return used, bad, torch.where(used & ~bad, target, 0)
+
+
+def _rows(logits: Tensor, target: Tensor, ignore_index: int, wide: torch.dtype):
+    """x [M, V] with ignored rows 0, and `targets`."""
+    V = logits.shape[-1]
+    used, bad, safe = targets(target, V, ignore_index)
     x = torch.where(used[:, None], logits.reshape(-1, V).to(wide), 0)
-    return x, used, bad, torch.where(used & ~bad, target, 0)
+    return x, used, bad, safe
 
 
 def normalisation(
@@ -53,12 +58,15 @@ def cross_entropy_math(
     loss = ce * norm[0]
     if z_loss:
         loss = loss + z_loss * (peak + log_sum).square() * norm[1]
-    loss = torch.where(used, loss * torch.where(bad, torch.nan, 1.0), 0)
+    return total(loss, used, bad, reduction), peak, log_sum.detach(), norm
+
+
+def total(rows: Tensor, used: Tensor, bad: Tensor, reduction: int) -> Tensor:
+    """The loss from its rows, each multiplied by its share already."""
+    rows = torch.where(used, rows * torch.where(bad, torch.nan, 1.0), 0)
     if reduction == 1:
-        loss = torch.where(used.any(), loss.sum(), torch.nan)
-    elif reduction == 2:
-        loss = loss.sum()
-    return loss, peak, log_sum.detach(), norm
+        return torch.where(used.any(), rows.sum(), torch.nan)
+    return rows.sum() if reduction else rows
 
 
 def cross_entropy_fwd(loss, peak, log_sum, norm, logits, *args):

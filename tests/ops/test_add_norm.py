@@ -1,6 +1,7 @@
 """add_norm, layer_norm and rms_norm on every backend and dtype against fp64, in the one harness."""
 # ruff: noqa: E501 (tables, one case a line)
 
+import itertools
 from dataclasses import dataclass, field
 
 import pytest
@@ -14,8 +15,8 @@ from fasttx.reference.add_norm import add_norm_math
 from fasttx.reference.philox import philox_mask
 from fasttx.testing import check, guarded_outputs, recorded_calls
 from tests.conftest import unusable
+from tests.ops import contract
 from tests.ops.contract import (
-    BACKENDS,
     backend_fixture,
     check_compiled,
     every_case,
@@ -24,6 +25,7 @@ from tests.ops.contract import (
     skip_unusable,
 )
 
+BACKENDS = (*contract.BACKENDS, "torch")
 NAMES = ("x", "residual", "weight", "bias", "x_bias")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fasttx.add_norm runs on the plain"),
@@ -104,12 +106,17 @@ CASES = [
 BY_NAME = {c.name: c for c in CASES}
 
 
-backend = backend_fixture("add_norm_fwd")
+backend = backend_fixture("add_norm_fwd", BACKENDS)
 
 
-@pytest.mark.parametrize(("name", "dtype", "case"), list(every_case(CASES)))
+@pytest.mark.parametrize(("name", "dtype", "case"), list(every_case(CASES, backends=BACKENDS)))
 def test_against_fp64(name: str, dtype: torch.dtype, case: Case):
     skip_unusable("add_norm_fwd", name)
+    if name == "torch" and "dropout_p" in case.options:
+        inputs = {n: t.to(dtype) for n, t in case.inputs().items()}
+        with pytest.raises(NotImplementedError, match="torch: does not support seed"):
+            case.function(name)(**inputs)
+        return
     gold = case.function(None, compute=torch.float64)
     # A tensor that stays fp32 raises the outputs to fp32, and their rounding with them.
     wide = torch.float32 if {"x", "residual"} & set(case.keep) else dtype
@@ -174,16 +181,16 @@ def test_leaf_gradients_are_their_own():
 def test_backends_follow_each_other(backend):
     """Any backend's backward follows any backend's forward."""
     x, r, w, xb = torch.randn(5, 40), torch.randn(5, 40), torch.randn(40), torch.randn(40)
-    g, t, seed = torch.randn(5, 40), torch.randn(5, 40), torch.tensor([9])
-    for rms in (False, True):
-        expected = None
-        for first in BACKENDS:
+    g, t = torch.randn(5, 40), torch.randn(5, 40)
+    for rms, seed in itertools.product((False, True), (None, torch.tensor([9]))):
+        expected, p = None, 0.0 if seed is None else 0.2
+        able = BACKENDS if seed is None else contract.BACKENDS
+        for first in able if backend in able else ():
             if unusable("add_norm_fwd", first):
                 continue
-            stats = add_norm_fwd(x, r, w, w, xb, seed, 1e-5, 0.2, rms, True, False, backend=first)[
-                2
-            ]
-            grads = add_norm_bwd(x, stats, g, t, r, w, w, xb, seed, 0.2, rms, 31, backend=backend)
+            inputs = (x, r, w, w, xb, seed)
+            stats = add_norm_fwd(*inputs, 1e-5, p, rms, True, False, backend=first)[2]
+            grads = add_norm_bwd(x, stats, g, t, *inputs[1:], p, rms, 31, backend=backend)
             expected = expected or grads
             torch.testing.assert_close(grads, expected, atol=2e-6, rtol=2e-5)
 
@@ -211,8 +218,10 @@ def test_only_the_sum_is_used(backend):
 
 @pytest.mark.parametrize("seed", [0, -1, 2**33 + 5])
 @pytest.mark.parametrize("N", [1, 30, 257])
+@pytest.mark.parametrize("backend", contract.BACKENDS)
 def test_dropout_bits(backend, seed, N):
     """The sum shows them: row is the flattened row, batch and head 0."""
+    skip_unusable("add_norm_fwd", backend)
     x = torch.ones(3, 7, N)
     options = {"weight": None, "dropout_p": 0.25, "seed": seed, "prenorm": True}
     total = fasttx.add_norm(x, **options, backend=backend)[1]
@@ -390,7 +399,7 @@ BAD = {
     "seed type": (ValueError, "seed must be a 64-bit int.*got 'x'", {"seed": "x", "dropout_p": 0.1}),
     "seed tensor": (ValueError, r"seed must be an int64 tensor of one element, got float32 \(2,\)", {"seed": torch.zeros(2), "dropout_p": 0.1}),
     "seed device": (ValueError, "seed must be on x's device cpu, got meta", {"seed": torch.zeros(1, dtype=torch.int64, device="meta"), "dropout_p": 0.1}),
-    "backend": (ValueError, "backend must be None or one of cpu, cuda, triton, reference, got 'cudnn'", {"backend": "cudnn"}),
+    "backend": (ValueError, "backend must be None or one of cpu, cuda, triton, reference, torch, got 'cudnn'", {"backend": "cudnn"}),
 }  # fmt: skip
 
 

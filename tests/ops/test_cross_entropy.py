@@ -17,8 +17,10 @@ from fasttx.ops.cross_entropy import (
 from fasttx.reference.cross_entropy import cross_entropy_math
 from fasttx.testing import check, guarded_outputs, recorded_calls
 from tests.conftest import unusable
-from tests.ops.contract import BACKENDS, DTYPES, backend_fixture, parameter, skip_unusable
+from tests.ops import contract
+from tests.ops.contract import DTYPES, backend_fixture, parameter, skip_unusable
 
+BACKENDS = (*contract.BACKENDS, "torch")
 REDUCTIONS = ("mean", "sum", "none")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fasttx.cross_entropy runs on the plain"),
@@ -27,7 +29,7 @@ pytestmark = [
 ]
 
 
-backend = backend_fixture("cross_entropy_fwd")
+backend = backend_fixture("cross_entropy_fwd", BACKENDS)
 
 
 def problem(rows, V, ignored=0.2, scale=3.0, shift=0.0, seed=0):
@@ -119,10 +121,14 @@ def test_against_fp64(name, dtype, case):
         kept = None if weight is None else weight.float().double()
         return plain(logits, target, kept, **options)
 
+    if name == "torch" and options.get("z_loss"):
+        with pytest.raises(NotImplementedError, match="torch: does not support z_loss"):
+            ours(logits.to(dtype))
+        return
     layouts = {"logits": layout, "dout": dout}
     arguments = {"dtype": dtype, "wanted": ("logits",), "layouts": layouts}
     check(ours, gold, gold, {"logits": logits}, **arguments)
-    if layout != "expanded":
+    if layout != "expanded" and name != "torch":
         x = logits.to(dtype)
         with guarded_outputs():
             first, second = (x.clone().requires_grad_() for _ in range(2))
@@ -191,7 +197,8 @@ def test_everything_ignored(backend, reduction, inplace):
     """As in PyTorch: the mean is nan, gradients are 0, NaN in such a row reaches nothing."""
     logits = torch.full((3, 40), torch.nan, requires_grad=True)
     target = torch.full((3,), -100)
-    options = {"reduction": reduction, "label_smoothing": 0.1, "z_loss": 0.1, "backend": backend}
+    options = {"reduction": reduction, "label_smoothing": 0.1, "backend": backend}
+    options["z_loss"] = 0.0 if backend == "torch" else 0.1
     loss = fasttx.cross_entropy(logits, target, inplace_grad=inplace, **options)
     assert loss.isnan().all() if reduction == "mean" else (loss == 0).all()
     loss.sum().backward()
@@ -232,16 +239,15 @@ def test_backends_follow_each_other(backend):
     contract."""
     logits, target = problem((4, 5), 70)
     logits, weight = logits.float(), torch.rand(70)
-    scalars = check_losses("mean", -100, 0.1, 0.05)
-    target, dloss, expected = target.reshape(-1), torch.tensor(0.7), None
-    for first in BACKENDS:
-        if unusable("cross_entropy_fwd", first):
+    target, dloss, expected = target.reshape(-1), torch.tensor(0.7), {}
+    for first, z_loss in itertools.product(BACKENDS, (0.0, 0.05)):
+        if unusable("cross_entropy_fwd", first) or (z_loss and "torch" in (first, backend)):
             continue
+        scalars = check_losses("mean", -100, 0.1, z_loss)
         _, *residuals = cross_entropy_fwd(logits, target, weight, *scalars, backend=first)
         arguments = (dloss, logits, target, weight, *residuals, *scalars)
         got = cross_entropy_bwd(*arguments, backend=backend)
-        expected = got if expected is None else expected
-        torch.testing.assert_close(got, expected, atol=1e-7, rtol=2e-5)
+        torch.testing.assert_close(got, expected.setdefault(z_loss, got), atol=1e-7, rtol=2e-5)
 
 
 def test_in_place_is_consumed():
@@ -429,7 +435,9 @@ def test_out_of_range_below_the_door(backend):
     assert dx[0].isnan().all(1).tolist() == [False, True, True, True]
 
 
+@pytest.mark.parametrize("backend", contract.BACKENDS)
 def test_rescale_leaves_ignored_rows(backend):
+    skip_unusable("cross_entropy_rescale", backend)
     grad = torch.zeros(1, 3, 5)
     grad[0, 1:] = 1
     target = torch.tensor([-100, 0, 1])
@@ -501,10 +509,9 @@ def test_float64_has_no_fast_kernel():
         fasttx.cross_entropy(LOGITS.double(), TARGET, backend="cpu")
 
 
-def test_by_the_name_of_torch():
-    x = LOGITS.clone().requires_grad_()
-    options = {"weight": torch.rand(5), "label_smoothing": 0.1, "reduction": "none"}
-    got = fasttx.cross_entropy(x, TARGET, backend="torch", **options)
-    torch.testing.assert_close(got, fasttx.cross_entropy(x, TARGET, **options))
-    with pytest.raises(NotImplementedError, match="does not support z_loss"):
-        fasttx.cross_entropy(x, TARGET, z_loss=0.1, backend="torch")
+def test_torch_takes_the_ordinary_way_in_place():
+    x, y = (LOGITS.clone().requires_grad_() for _ in range(2))
+    for t, inplace in ((x, True), (y, False)):
+        fasttx.cross_entropy(t, TARGET, inplace_grad=inplace, backend="torch").backward()
+    assert torch.equal(x, LOGITS)
+    torch.testing.assert_close(x.grad, y.grad, rtol=0, atol=0)
