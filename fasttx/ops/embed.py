@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..autograd import Direct, differentiable
 from ..op import HALF, Kernel, Needs, Op
+from ._checks import BACKENDS as OURS
 from ._checks import (
     FLOATS,
     check_backend,
@@ -37,6 +38,7 @@ from ._checks import (
 )
 
 __all__ = ["embed", "embed_bwd", "embed_fwd", "sinusoidal_positions"]
+BACKENDS = (*OURS, "torch")
 _KINDS = {"layer": 1, "rms": 2}
 
 
@@ -93,6 +95,11 @@ for _op in (embed_fwd, embed_bwd):
                 "triton",
                 _triton,
                 Needs(dtype_of="token_weight", env=("TRITON_INTERPRET", "1"), by_name=True),
+            ),
+            Kernel(
+                "torch",
+                f"fasttx.reference.torch_own:{_op.name}",
+                Needs(dtype_of="token_weight", absent=("seed",), by_name=True),
             ),
             _reference,
         ],
@@ -177,8 +184,8 @@ def embed(
         scale: finite; multiplies the token's row alone (sqrt(N) in the original transformer).
         seed: the key of the dropout bits, an int or an int64 tensor of one element; None draws it
             from torch's generator.
-        backend: None chooses; "cpu", "cuda", "triton" or "reference" runs that or raises with every
-            kernel's reason.
+        backend: None chooses; "cpu", "cuda", "triton", "torch" (PyTorch's own kernels on the CPU,
+            without dropout) or "reference" runs that or raises with every kernel's reason.
 
     Returns:
         [..., S, N] in the dtype to which the tables promote; with a norm under CUDA's autocast
@@ -196,7 +203,7 @@ def embed(
     Sources: Devlin et al., arXiv 1810.04805 (BERT); Liu et al., 1907.11692 (RoBERTa), whose rule
     for positions is that of fairseq.
     """
-    check_backend(backend)
+    check_backend(backend, BACKENDS)
     check_dropout(dropout_p)
     if kind not in _KINDS:
         raise ValueError(f"kind must be 'layer' or 'rms', got {kind!r}")

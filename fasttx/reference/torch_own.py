@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import add_norm as norm_reference
 from . import attention as reference
+from . import embed as embed_reference
 from . import softmax as softmax_reference
 from .unfused import plain
 
@@ -176,3 +177,91 @@ def add_norm_bwd(
             dresidual.copy_(dz)
         if need & 16:
             dx_bias.copy_(dz.reshape(-1, dz.shape[-1]).sum(0, dtype=torch.float32))
+
+
+def _inside(ids: Tensor | None, table: Tensor | None) -> bool:
+    """Whether every id names a row, of which PyTorch's kernels are sure."""
+    if ids is None or not ids.numel():
+        return True
+    low, high = ids.aminmax()
+    return bool(low >= 0) and bool(high < table.shape[0])
+
+
+def _known(ids, start, token, position, segment) -> bool:
+    input_ids, segment_ids, position_ids = ids
+    if position is not None and position_ids is None:
+        last = position.shape[0] - input_ids.shape[1]
+        if not 0 <= start <= last:
+            return False
+    tables = ((input_ids, token), (segment_ids, segment), (position_ids, position))
+    return all(_inside(*pair) for pair in tables)
+
+
+def _rows(table: Tensor, ids: Tensor | None, these: slice) -> Tensor:
+    return table[these] if ids is None else torch.nn.functional.embedding(ids, table)
+
+
+def _embedded(token, position, segment, input_ids, segment_ids, position_ids, start, scale):
+    """The sum of the rows, rounded to their dtype after each step."""
+    z = _rows(token, input_ids, slice(0))
+    z = z if scale == 1 else z * scale
+    if position is not None:
+        z = z + _rows(position, position_ids, slice(start, start + z.shape[1]))
+    return z if segment is None else z + _rows(segment, segment_ids, slice(1))
+
+
+def embed_fwd(
+    out, stats, token, position, segment, norm_weight, norm_bias, input_ids, segment_ids,
+    position_ids, seed, start, padding_idx, position_padding, norm, scale, eps, dropout_p, wide,
+):  # fmt: skip
+    ids = (input_ids, segment_ids, position_ids)
+    with plain(token):
+        if not _known(ids, start, token, position, segment) or token.shape[1] == 1:
+            return embed_reference.embed_fwd(
+                out, stats, token, position, segment, norm_weight, norm_bias, *ids, seed, start,
+                padding_idx, position_padding, norm, scale, eps, dropout_p, wide,
+            )  # fmt: skip
+        z = _embedded(token, position, segment, *ids, start, scale)
+        if norm:
+            _norm_fwd(out, stats, z, norm_weight, norm_bias, eps, norm == 2)
+        else:
+            out.copy_(z)
+
+
+def embed_bwd(
+    dtoken, dposition, dsegment, dnorm_weight, dnorm_bias, token, position, segment, norm_weight,
+    norm_bias, stats, dout, input_ids, segment_ids, position_ids, seed, start, padding_idx,
+    position_padding, norm, scale, dropout_p, need,
+):  # fmt: skip
+    ids, tables = (input_ids, segment_ids, position_ids), (token, position, segment)
+    with plain(token):
+        # Of one column, and of rms_norm's backward, see add_norm.
+        if norm == 2 or not dout.numel() or dout.shape[2] == 1 or not _known(ids, start, *tables):
+            return embed_reference.embed_bwd(
+                dtoken, dposition, dsegment, dnorm_weight, dnorm_bias, *tables, norm_weight,
+                norm_bias, stats, dout, *ids, seed, start, padding_idx, position_padding, norm,
+                scale, dropout_p, need,
+            )  # fmt: skip
+        dz = dout
+        if norm:
+            z = _embedded(*tables, *ids, start, scale)
+            needs = (need & 7, need & 8, need & 16)
+            dz = _norm_bwd(dnorm_weight, dnorm_bias, dout, z, stats, norm_weight, needs)
+        if not need & 7:
+            return
+        # PyTorch would sum the rows of a 16-bit table in 16 bits.
+        dz = dz.to(torch.float32)
+        if need & 1:
+            dtoken.copy_(_summed(dz if scale == 1 else dz * scale, input_ids, token, padding_idx))
+        if need & 2 and position_ids is not None:
+            dposition.copy_(_summed(dz, position_ids, position, position_padding))
+        elif need & 2:
+            dposition.zero_()[start : start + dz.shape[1]] = dz.sum(0)
+        if need & 4 and segment_ids is not None:
+            dsegment.copy_(_summed(dz, segment_ids, segment, -1))
+        elif need & 4:
+            dsegment.zero_()[0] = dz.sum((0, 1))
+
+
+def _summed(dz: Tensor, ids: Tensor, table: Tensor, padding: int) -> Tensor:
+    return torch.ops.aten.embedding_dense_backward(dz, ids, table.shape[0], padding, False)

@@ -1,6 +1,7 @@
 """embed on every backend and dtype against fp64, in the one harness."""
 # ruff: noqa: E501 (tables, one case a line)
 
+import itertools
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,8 +14,8 @@ from fasttx.ops.embed import embed, embed_bwd, embed_fwd, sinusoidal_positions
 from fasttx.reference.philox import philox_mask
 from fasttx.testing import check, guarded_outputs, recorded_calls
 from tests.conftest import unusable
+from tests.ops import contract
 from tests.ops.contract import (
-    BACKENDS,
     backend_fixture,
     check_compiled,
     every_case,
@@ -23,6 +24,7 @@ from tests.ops.contract import (
     skip_unusable,
 )
 
+BACKENDS = (*contract.BACKENDS, "torch")
 NAMES = ("token_weight", "position_weight", "segment_weight", "norm_weight", "norm_bias")
 ROWS = {"token_weight": 50, "position_weight": 40, "segment_weight": 3}
 pytestmark = [
@@ -147,12 +149,17 @@ CASES = [
 BY_NAME = {c.name: c for c in CASES}
 
 
-backend = backend_fixture("embed_fwd")
+backend = backend_fixture("embed_fwd", BACKENDS)
 
 
-@pytest.mark.parametrize(("name", "dtype", "case"), list(every_case(CASES)))
+@pytest.mark.parametrize(("name", "dtype", "case"), list(every_case(CASES, backends=BACKENDS)))
 def test_against_fp64(name: str, dtype: torch.dtype, case: Case):
     skip_unusable("embed_fwd", name)
+    if name == "torch" and "dropout_p" in case.options:
+        inputs = {n: t.to(dtype) for n, t in case.inputs().items()}
+        with pytest.raises(NotImplementedError, match="torch: does not support seed"):
+            case.function(name)(**inputs)
+        return
     check(
         case.function(name), case.plain, case.plain, case.inputs(), dtype=dtype, wanted=case.given,
         keep=case.keep, layouts=case.layouts,
@@ -277,15 +284,17 @@ def _inner(case: Case, norm: int, seed=5):
 def test_backends_follow_each_other(backend):
     """Any backend's backward follows any backend's forward."""
     case = BY_NAME["BERT"]
-    for norm in (0, 1, 2):
-        w, ids, place = _inner(case, norm)
+    for norm, p in itertools.product((0, 1, 2), (0.0, 0.2)):
+        w, (*ids, seed), place = _inner(case, norm)
+        ids = (*ids, seed if p else None)
         g, expected = torch.randn(3, 7, 37), None
-        for first in BACKENDS:
+        able = contract.BACKENDS if p else BACKENDS
+        for first in able if backend in able else ():
             if unusable("embed_fwd", first):
                 continue
-            stats = embed_fwd(*w, *ids, *place, 1.0, 1e-5, 0.2, False, backend=first)[1]
+            stats = embed_fwd(*w, *ids, *place, 1.0, 1e-5, p, False, backend=first)[1]
             need = 31 if norm else 7
-            grads = embed_bwd(*w, stats, g, *ids, *place, 1.0, 0.2, need, backend=backend)
+            grads = embed_bwd(*w, stats, g, *ids, *place, 1.0, p, need, backend=backend)
             expected = expected or grads
             torch.testing.assert_close(grads, expected, atol=2e-5, rtol=2e-5)
 
@@ -308,8 +317,10 @@ def test_every_subset_of_gradients(need):
 
 @pytest.mark.parametrize("seed", [0, -1, 2**33 + 5])
 @pytest.mark.parametrize("N", [1, 30, 257])
+@pytest.mark.parametrize("backend", contract.BACKENDS)
 def test_dropout_bits(backend, seed, N):
     """Row is the flattened row, batch and head 0."""
+    skip_unusable("embed_fwd", backend)
     out = embed(
         torch.zeros(3, 7, dtype=torch.long),
         torch.ones(1, N),
@@ -495,7 +506,7 @@ BAD = {
     "scale": (ValueError, "scale must be a finite number, got inf", {"scale": float("inf")}),
     "dropout": (ValueError, r"dropout_p must be in \[0, 1\), got 1.0", {"dropout_p": 1.0}),
     "seed": (ValueError, "seed must be a 64-bit int.*got 'x'", {"seed": "x", "dropout_p": 0.1}),
-    "backend": (ValueError, "backend must be None or one of cpu, cuda, triton, reference, got 'cudnn'", {"backend": "cudnn"}),
+    "backend": (ValueError, "backend must be None or one of cpu, cuda, triton, reference, torch, got 'cudnn'", {"backend": "cudnn"}),
 }  # fmt: skip
 
 
