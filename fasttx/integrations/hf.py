@@ -15,7 +15,7 @@ from functools import partial
 from torch import nn
 
 from ..layers._fit import MAX_HEAD_SIZE
-from .hf_families import ATTENTION, CLASSES, FAMILIES, LOGITS, Attention
+from .hf_families import ATTENTION, CLASSES, ENCODERS, FAMILIES, LOGITS, Attention
 from .report import Found
 from .torch_nn import is_listed
 
@@ -23,9 +23,10 @@ _PREVIOUS = "_fasttx_previous"  # {name of the config's holder in its owner: imp
 _HERE = f"{__package__}."
 
 
-def plan(model: nn.Module, logits: bool) -> list[Found]:
+def plan(model: nn.Module, logits: bool, unpad: bool) -> list[Found]:
     """What `patch` would do to the transformers models in model."""
     found: list[Found] = []
+    files = CLASSES | ENCODERS if unpad else CLASSES
     attention: dict[int, nn.Module] = {}  # place in found -> the model whose config names it
     for prefix, owner in _owners(model):
         reasons = {module: _why_not(module) for module in _attention(owner)}
@@ -35,10 +36,29 @@ def plan(model: nn.Module, logits: bool) -> list[Found]:
                 attention[len(found)] = owner
                 choose = partial(_replace_attention, name, module, owner)
                 found.append(Found(full, module, reasons[module], True, choose))
-            elif owner.config.model_type in FAMILIES and (cls := _listed(module)) is not None:
-                swap = partial(_replace_module, module, CLASSES[_path(cls)], logits)
+            elif owner.config.model_type in FAMILIES and _listed(module, files):
+                cls = _original(type(module))
+                swap = partial(_replace_module, module, files[_path(cls)], logits)
                 found.append(Found(full, module, _why_not_swap(module, cls), False, swap))
-    return _agree(found, attention)
+    found = _agree(found, attention)
+    return _with_encoders(model, found) if unpad else found
+
+
+def _with_encoders(model: nn.Module, found: list[Found]) -> list[Found]:
+    """An encoder can leave padding out if all its attention is fasttx's."""
+    encoders = {i for i, f in enumerate(found) if _path(_original(type(f.module))) in ENCODERS}
+    if not encoders:
+        raise ValueError(
+            f"fasttx.patch: unpad=True needs an encoder of BERT's kind, T5 or BART, and "
+            f"{type(model).__name__} has none"
+        )
+    refused = {f.module for f in found if f.attention and f.reason is not None}
+    return [
+        f._replace(reason="some of its attention cannot be replaced")
+        if i in encoders and f.reason is None and not refused.isdisjoint(f.module.modules())
+        else f
+        for i, f in enumerate(found)
+    ]
 
 
 def _agree(found: list[Found], attention: dict[int, nn.Module]) -> list[Found]:
@@ -130,10 +150,11 @@ def _known(module: nn.Module) -> tuple[type, Attention] | None:
     return None
 
 
-def _listed(module: nn.Module) -> type | None:
-    """The class in CLASSES of which module is exactly an instance."""
-    cls = _original(type(module))
-    return cls if _path(cls) in CLASSES else None
+def _listed(module: nn.Module, files: dict[str, str]) -> bool:
+    """Whether module is exactly an instance of a class of files; for ENCODERS, an encoder."""
+    path = _path(_original(type(module)))
+    decodes = path in ENCODERS and module.config.is_decoder
+    return path in files and not decodes
 
 
 def _choose(config, implementation: str | None) -> None:

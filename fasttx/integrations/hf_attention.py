@@ -77,7 +77,7 @@ def attention_forward(
     packed = None
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
         packed = _packed(module, query, key, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
-    if reason := _why_eager(module, kwargs):
+    if reason := why_eager(module, kwargs):
         if packed is not None:
             raise NotImplementedError(f"packed sequences cannot be combined with {reason}")
         function = _own_eager(module, reason)
@@ -232,7 +232,8 @@ def _is_cross(module) -> bool:
     return getattr(module, "is_decoder", False) and getattr(module, "is_causal", None) is False
 
 
-def _why_eager(module, kwargs: dict) -> str | None:
+def why_eager(module, kwargs: dict) -> str | None:
+    """What only the model's own eager function knows of what was asked."""
     wanted = kwargs.get("output_attentions")
     if wanted is None:
         wanted = getattr(getattr(module, "config", None), "output_attentions", False)

@@ -1,10 +1,14 @@
 """BART's modules as `patch` runs them: subclasses of transformers' own, of the same names."""
 
+import functools
+
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.bart import modeling_bart
 
 from .hf_fused import feed_forward, residual_norm
+from .hf_unpad import bounds, packing_of, records_like
 
 
 class _Layer:
@@ -57,3 +61,24 @@ class BartDecoderLayer(_Layer, modeling_bart.BartDecoderLayer):
             )
             x = self._residual(self.encoder_attn_layer_norm, crossed, x)
         return self._residual(self.final_layer_norm, self._feed_forward(x), x)
+
+
+@records_like(modeling_bart.BartEncoder)
+class BartEncoder(modeling_bart.BartEncoder):
+    """All layers without the padding; 0 at padding."""
+
+    @functools.wraps(modeling_bart.BartEncoder.forward)
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, **kwargs):
+        packing = None
+        one = (input_ids is None) != (inputs_embeds is None)
+        if one and not (self.training and self.layerdrop):
+            packing = packing_of(self, attention_mask, kwargs)
+        if packing is None:
+            return super().forward(input_ids, attention_mask, inputs_embeds, **kwargs)
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = packing.remove(x + self.embed_positions(x[:, :, -1]).to(x.device))
+        x = self.layernorm_embedding(x)
+        x = nn.functional.dropout(x, self.dropout, self.training)
+        for layer in self.layers:
+            x = layer(x, None, **bounds(packing), **kwargs)
+        return BaseModelOutput(last_hidden_state=packing.restore(x))

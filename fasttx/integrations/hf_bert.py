@@ -6,10 +6,12 @@ of transformers' class of the same name.
 
 import importlib
 
+import torch
 from torch import Tensor
 
 from .hf_families import BERT_POST_NORM
 from .hf_fused import dropout_p, feed_forward, is_plain, residual_norm
+from .hf_unpad import bounds, packing_of
 
 
 class _Output:
@@ -33,7 +35,22 @@ class _Layer:
         return super().feed_forward_chunk(attention_output)
 
 
-_KINDS = {"SelfOutput": _Output, "Output": _Output, "Layer": _Layer}
+class _Encoder:
+    """All layers without the padding; 0 at padding."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args, **kwargs):
+        packing, mask = None, attention_mask
+        padding = (hidden_states.shape[0], 1, 1, hidden_states.shape[1])
+        if not args and mask is not None and mask.dtype is torch.bool and mask.shape == padding:
+            packing = packing_of(self, mask[:, 0, 0], kwargs)
+        if packing is None:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        found = super().forward(packing.remove(hidden_states), **bounds(packing), **kwargs)
+        found.last_hidden_state = packing.restore(found.last_hidden_state)
+        return found
+
+
+_KINDS = {"SelfOutput": _Output, "Output": _Output, "Layer": _Layer, "Encoder": _Encoder}
 
 
 def __getattr__(name: str) -> type:

@@ -125,5 +125,17 @@ CLASSES = {
 }
 
 CROSS_ATTENTION = frozenset(name for name in ATTENTION if name.endswith("CrossAttention"))
+# Classes that run all layers of an encoder, replaced where padding is to be left out. Under this
+# name BertGeneration has its whole model.
+ENCODERS = {
+    **{
+        f"{module}.{prefix}Encoder": "hf_bert"
+        for module, prefix in BERT_POST_NORM
+        if prefix != "BertGeneration"
+    },
+    "t5.modeling_t5.T5Stack": "hf_t5",
+    "bart.modeling_bart.BartEncoder": "hf_bart",
+}
+
 # Model types that hand hf_attention's five-dimensional mask over untouched.
 CAUSAL_PADDING = frozenset(FAMILIES)

@@ -12,7 +12,7 @@ from ..ops.add_norm import add_norm, layer_norm
 from ..ops.ffn import ffn
 from ..ops.linear import linear
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
@@ -22,7 +22,7 @@ def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, hooks) for hooks in _HOOKS)
+    return any(getattr(module, hooks) for hooks in HOOKS)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -1,5 +1,7 @@
 """T5's modules as `patch` runs them: subclasses of transformers' own, of the same names."""
 
+import functools
+
 from torch import Tensor, nn
 from transformers.models.t5 import modeling_t5
 
@@ -7,6 +9,7 @@ from ..ops.add_norm import rms_norm
 from ..ops.attention import RelativePositionBias
 from .hf_families import NAME
 from .hf_fused import dropout_p, feed_forward, is_plain, rms_normed
+from .hf_unpad import bounds, packing_of, records_like
 
 
 class T5Attention(modeling_t5.T5Attention):
@@ -65,3 +68,24 @@ class T5DenseGatedActDense(modeling_t5.T5DenseGatedActDense):
             hidden_states, self.wi_0, self.act, self.wo, gate=self.wi_1, hidden_dropout_p=p
         )
         return super().forward(hidden_states) if out is None else out
+
+
+@records_like(modeling_t5.T5Stack)
+class T5Stack(modeling_t5.T5Stack):
+    """As an encoder: all layers without the padding; 0 at padding. Its biases are of distances, so
+    each sequence has to be one run of tokens."""
+
+    @functools.wraps(modeling_t5.T5Stack.forward)
+    def forward(self, input_ids=None, attention_mask=None, *args, **kwargs):
+        embeds = kwargs.get("inputs_embeds")
+        packing = None
+        if not args and not self.is_decoder and (input_ids is None) != (embeds is None):
+            given = {name: v for name, v in kwargs.items() if name != "inputs_embeds"}
+            packing = packing_of(self, attention_mask, given)
+        if packing is None or not packing.contiguous(attention_mask.bool()):
+            return super().forward(input_ids, attention_mask, *args, **kwargs)
+        x = self.embed_tokens(input_ids) if embeds is None else embeds
+        kwargs["inputs_embeds"] = packing.remove(x)
+        found = super().forward(**kwargs, **bounds(packing))
+        found.last_hidden_state = packing.restore(found.last_hidden_state)
+        return found

@@ -6,7 +6,9 @@ from . import hf, torch_nn
 from .report import PatchEntry, PatchReport
 
 
-def patch(model: nn.Module, *, strict: bool = False, logits: bool = False) -> PatchReport:
+def patch(
+    model: nn.Module, *, strict: bool = False, logits: bool = False, unpad: bool = False
+) -> PatchReport:
     """Make a Hugging Face or torch.nn model run fasttx's kernels, in inference and training.
 
     model: a transformers model or any module with some in it (BERT and RoBERTa with the families
@@ -17,15 +19,22 @@ def patch(model: nn.Module, *, strict: bool = False, logits: bool = False) -> Pa
     model of transformers that is given labels in training returns the loss and no logits (None),
     which saves their memory and time; with logits=True, and in evaluation, it returns both.
 
+    With unpad=True the encoders of BERT and its families, T5 and BART take padding out of a batch
+    before their first layer and put it back after the last: time follows the real tokens. Hidden
+    states of padding are 0 then, where transformers has values that no mask should let through;
+    what reads them (the first token under left padding, a mean over all places) gets another
+    answer. A batch stays padded under torch.compile and where hooks, output_hidden_states or
+    output_attentions would see the difference.
+
     Returns the report of what was replaced, what was not, and why. Raises TypeError for anything
-    that is not a module.
+    that is not a module, ValueError for unpad=True where there is no such encoder.
 
     >>> fasttx.patch(model)
     BertModel: 6 of 6 modules run fasttx
       encoder.layer.*.attention.self  6 x BertSelfAttention  replaced
     """
     _check(model, "patch")
-    found = hf.plan(model, logits)
+    found = hf.plan(model, logits, unpad)
     taken = {f.module for f in found}
     models = [module for module in model.modules() if hf.is_model(module)]
     found += [f for f in torch_nn.plan(model, models) if f.module not in taken]
