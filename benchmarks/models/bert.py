@@ -24,6 +24,7 @@ NAME = "bert"
 BASE = "sdpa"
 LABELS = {
     "fasttx": "transformers + fasttx.patch",
+    "fasttx_unpad": "fasttx.patch(unpad=True)",
     "sdpa": "transformers, SDPA",
     "eager": "transformers, eager",
 }
@@ -122,15 +123,16 @@ class Bench(Contest):
             "sdpa": source.make(torch_dtype, "sdpa"),
             "eager": source.make(torch_dtype, "eager"),
         }
-        patched = source.make(torch_dtype, "sdpa")
-        why = _patch(patched)
-        if why is None:
-            self.models = {"fasttx": patched, **self.models}
-        else:
+        for unpad in (True, False):
+            patched = source.make(torch_dtype, "sdpa")
+            why = _patch(patched, unpad)
+            if why is None:
+                self.models = {"fasttx_unpad" if unpad else "fasttx": patched, **self.models}
+        if why is not None:
             run.skip("fasttx.patch on BERT", why)
         for name, model in self.models.items():
             runs = model.config._attn_implementation
-            if runs != name:
+            if not name.startswith(runs):
                 raise RuntimeError(f"the {name} model runs attention {runs!r}: nothing to compare")
 
     def verdicts(self, batch_name: str, gradients: bool) -> dict[str, Verdict]:
@@ -191,7 +193,7 @@ def fresh(dtype: str, batch: int, direction: str, provider: str, device: torch.d
     small = {name: t[:1, :16] for name, t in whole.items()}
 
     def prepare():
-        if provider == "fasttx" and (why := _patch(model)):
+        if provider.startswith("fasttx") and (why := _patch(model, provider == "fasttx_unpad")):
             raise ValueError(why)
         return [_call(model, given, direction) for given in (whole, small)]
 
@@ -202,14 +204,14 @@ def max_error(a: Error, b: Error) -> Error:
     return Error(max(a.rms, b.rms), max(a.largest, b.largest), a.scale)
 
 
-def _patch(model: torch.nn.Module) -> str | None:
+def _patch(model: torch.nn.Module, unpad: bool) -> str | None:
     """Patches in place; the reason where that cannot be done."""
     try:
         patch = importlib.import_module("fasttx").patch
     except (ImportError, AttributeError) as error:
         return f"fasttx.patch is not there: {error}"
     try:
-        patch(model, strict=True)
+        patch(model, strict=True, unpad=unpad)
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         return str(error)
     return None

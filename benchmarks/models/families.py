@@ -33,6 +33,7 @@ from ..rows import Run
 BASE = "sdpa"
 LABELS = {
     "fasttx": "transformers + fasttx.patch",
+    "fasttx_unpad": "fasttx.patch(unpad=True)",
     "fasttx_models": "fasttx.models",
     "sdpa": "transformers",
     "torch_compile": "transformers, torch.compile",
@@ -61,6 +62,10 @@ FAMILIES = {
     "bert-base": Family(
         "BertForMaskedLM", "BertConfig", {"num_hidden_layers": 4}, _BOTH, "masked",
         {("bf16", "step", 128): 1.8, ("bf16", "step", 512): 2.2},
+    ),
+    "bert-encoder": Family(
+        "BertModel", "BertConfig", {"num_hidden_layers": 4}, {"forward": (_SHORT,)}, "hidden",
+        {("fp32", "forward", 128): 1.86, ("bf16", "forward", 128): 1.47},
     ),
     "roberta-base": Family(
         "RobertaForMaskedLM", "RobertaConfig",
@@ -202,7 +207,7 @@ class Bench(Contest):
         patched = copy.deepcopy(self.models["sdpa"])
         why = patch(patched)
         if why is None:
-            self.models = {"fasttx": patched, **self.models}
+            self.models = {"fasttx": patched, **self._unpadded(), **self.models}
         else:
             run.skip(f"fasttx.patch on {source.name}", why)
         if "generate" in source.batches:
@@ -213,6 +218,15 @@ class Bench(Contest):
         if "torch_compile" in beside:
             self.models["torch_compile"] = torch.compile(copy.deepcopy(self.models["sdpa"]))
         self._judged: dict[tuple, tuple] = {}
+
+    def _unpadded(self) -> dict[str, torch.nn.Module]:
+        """Patched to leave padding out, where the model has an encoder that can."""
+        model = copy.deepcopy(self.models["sdpa"])
+        try:
+            patch(model, unpad=True)
+        except (TypeError, ValueError):
+            return {}
+        return {"fasttx_unpad": model}
 
     def contest(
         self, threads: int, direction: str, size: tuple[int, int]
@@ -239,8 +253,9 @@ class Bench(Contest):
         return group, contenders
 
     def _names(self, direction: str) -> list[str]:
-        unfit = "torch_compile" if direction == "generate" else "fasttx_models"
-        return [name for name in self.models if name != unfit]
+        generating = direction == "generate"
+        unfit = ("torch_compile", "fasttx_unpad") if generating else ("fasttx_models",)
+        return [name for name in self.models if name not in unfit]
 
     def _peers(self, batch, plain: Verdict, threads: int) -> dict[str, Contender]:
         """The forward of other runtimes, and what it is worth."""
@@ -330,7 +345,7 @@ def made_ready(model: torch.nn.Module, provider: str):
     """The model as a provider runs it; ValueError where fasttx cannot."""
     if provider == "fasttx_models":
         return as_fasttx(model)
-    if provider == "fasttx" and (why := patch(model)):
+    if provider.startswith("fasttx") and (why := patch(model, provider == "fasttx_unpad")):
         raise ValueError(why)
     return torch.compile(model) if provider == "torch_compile" else model
 
@@ -344,9 +359,10 @@ def as_fasttx(model: torch.nn.Module):
     return ours.to(next(model.parameters()).device)
 
 
-def patch(model: torch.nn.Module) -> str | None:
+def patch(model: torch.nn.Module, unpad: bool = False) -> str | None:
     """Patches what can be; why nothing could."""
-    report = importlib.import_module("fasttx").patch(model)
+    told = {"unpad": True} if unpad else {}  # --base: an older patch does not know the word
+    report = importlib.import_module("fasttx").patch(model, **told)
     return None if report.replaced else str(report)
 
 

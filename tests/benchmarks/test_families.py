@@ -14,9 +14,14 @@ from fasttx.benchmarks.rows import Run
 from rich.console import Console
 
 CPU = torch.device("cpu")
+_BERT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
 TINY = {
-    "bert-base": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64},
-    "roberta-base": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64},
+    **dict.fromkeys(("bert-base", "bert-encoder", "roberta-base"), _BERT),
     "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 2},
     "bloom": {"hidden_size": 32, "n_layer": 1, "n_head": 2},
     "t5": {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_heads": 2, "num_layers": 1, "num_decoder_layers": 1, "decoder_start_token_id": 0},
@@ -44,6 +49,7 @@ def test_a_family_is_measured_and_checked(source, direction):
     bench = families.Bench(source, "fp32", CPU, run)
     rows = {r.provider: r for r in bench.measure(1, 0.0, direction=direction, size=(4, 12))}
     assert "sdpa" in rows and ("fasttx" in rows) != bool(run.skipped)
+    assert ("fasttx_unpad" in rows) == (source.name not in ("gpt2", "bloom"))
     for row in rows.values():
         assert row.ok, row.why
         assert row.ratio is not None and row.median_s > 0
@@ -57,7 +63,7 @@ def test_a_wrong_model_gets_no_ratio(monkeypatch):
     assert rows["fasttx"].ok is False and rows["fasttx"].ratio is None
 
 
-def _spoil(model):
+def _spoil(model, unpad=False):
     with torch.no_grad():
         model.transformer.ln_f.weight.mul_(1.01)
 

@@ -23,8 +23,9 @@ TORCH_NN = {"torch_nn", "fasttx_torch_nn"}
 
 @pytest.fixture
 def tiny(monkeypatch):
-    for name, known in families.FAMILIES.items():
-        config = {**known.config, **TINY[name]}
+    for name, tiny in TINY.items():
+        known = families.FAMILIES[name]
+        config = {**known.config, **tiny}
         small = families.Family(known.head, known.config_class, config, known.batches, known.kind)
         monkeypatch.setitem(families.FAMILIES, name, small)
 

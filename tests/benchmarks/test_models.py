@@ -36,7 +36,7 @@ def test_patched_and_unpatched_rows_are_checked(source, direction):
     run = Run("test", "now", {})
     bench = bert.Bench("fp32", CPU, run, source=source)
     rows = {row.provider: row for row in bench.measure(1, 0.0, batch=0, direction=direction)}
-    assert set(rows) == {"fasttx", "sdpa", "eager"}
+    assert set(rows) == {"fasttx", "fasttx_unpad", "sdpa", "eager"}
     assert bench.models["fasttx"].config._attn_implementation == "fasttx"
     for row in rows.values():
         assert row.ok, row.why
