@@ -6,12 +6,14 @@ time of its whole process on one thread, by wall time on more. Messages are JSON
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -35,10 +37,12 @@ class Apart:
         threads: int,
         command: Sequence[str] = (sys.executable, "-m", f"{PACKAGE}.apart"),
     ):
+        # A pipe that nobody reads would fill, and stop it.
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         request = {"make": make, "arguments": arguments, "threads": threads}
         self._child = subprocess.Popen(
             [*command, json.dumps(request)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
             cwd=SOURCE_ROOT, env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         )  # fmt: skip
         try:
@@ -63,20 +67,23 @@ class Apart:
             except subprocess.TimeoutExpired:
                 self._child.kill()
                 self._child.wait()
-        for pipe in (self._child.stdin, self._child.stdout, self._child.stderr):
+        for pipe in (self._child.stdin, self._child.stdout, self._errors):
             pipe.close()
 
     def _ask(self, message: dict) -> Any:
-        self._child.stdin.write(json.dumps(message) + "\n")
-        self._child.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # its last words are in _answer
+            self._child.stdin.write(json.dumps(message) + "\n")
+            self._child.stdin.flush()
         return self._answer()
 
     def _answer(self) -> Any:
         for line in self._child.stdout:
             if line.startswith('{"answer"'):
                 return json.loads(line)["answer"]
-        errors = self._child.stderr.read().strip().splitlines()
-        raise RuntimeError(errors[-1] if errors else f"it ended with {self._child.wait()}")
+        status = self._child.wait()
+        self._errors.seek(0)
+        errors = self._errors.read().strip().splitlines()
+        raise RuntimeError(errors[-1] if errors else f"it ended with {status}")
 
 
 def _serve(request: dict) -> None:

@@ -1,7 +1,8 @@
 """``fasttx bench ... --base REF``: the same cases by another commit of fasttx.
 
 The commit is taken out of this checkout's history and built in the user's cache, by the same
-compiler and for the same torch, once. Two libraries of one name cannot be loaded together, so each
+compiler and for the same torch, once; a commit whose native sources are those of a build that is
+kept takes its libraries. Two libraries of one name cannot be loaded together, so each
 commit has a process of its own, and the processes take turns, A B A B, as contenders in one process
 do; both run this commit's cases, each with its own fasttx. A row's ratio is the base's time over
 the time now, with its interval: above 1, fasttx has become faster.
@@ -24,12 +25,14 @@ from rich.console import Console
 
 from fasttx import choice_tables
 
-from . import ops, report
+from . import ops, plans, report
+from .apart import NOTE as APART
 from .apart import Apart
+from .contest import Contender, Group, rows_of
 from .gate import Error, Verdict
 from .harness import Timing, clock_for, interleave
 from .options import Options, UsageError
-from .rows import Row, Run, set_ratios
+from .rows import Row, Run
 from .session import Session, Step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,20 +82,22 @@ def built(commit: str, console: Console) -> Path:
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     how = repr([os.environ.get(name) for name in BUILT_BY])
     versions = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
-    tag = f"{commit[:12]}-{versions}-{hashlib.sha256(how.encode()).hexdigest()[:8]}"
-    folder = home / tag
+    made_for = f"{versions}-{hashlib.sha256(how.encode()).hexdigest()[:8]}"
+    folder = home / f"{commit[:12]}-{made_for}"
     if folder.is_dir():
         os.utime(folder)
         return folder
-    console.print(f"building {commit[:12]} in {home}, once", highlight=False, soft_wrap=True)
-    partly = Path(tempfile.mkdtemp(dir=home, prefix=f".{tag}-"))
+    partly = Path(tempfile.mkdtemp(dir=home, prefix=f".{folder.name}-"))
     try:
         _take_out(commit, partly)
-        status, told = _run([sys.executable, "setup.py", "build_ext", "--inplace"], partly)
-        if status:
-            last = " | ".join(told.strip().splitlines()[-5:])
-            raise UsageError(f"--base: {commit[:12]} does not build here: {last}")
-        shutil.rmtree(partly / "build", ignore_errors=True)
+        if libraries := _same_libraries(commit, home, made_for):
+            for library in libraries:
+                shutil.copy2(library, partly / "fasttx")
+        else:
+            console.print(
+                f"building {commit[:12]} in {home}, once", highlight=False, soft_wrap=True
+            )
+            _build(commit, partly)
         with contextlib.suppress(OSError):  # somebody else built it meanwhile
             partly.rename(folder)
     finally:
@@ -101,6 +106,32 @@ def built(commit: str, console: Console) -> Path:
     for each in old[:-KEPT]:
         shutil.rmtree(each, ignore_errors=True)
     return folder
+
+
+def _same_libraries(commit: str, home: Path, made_for: str) -> list[Path]:
+    """The native libraries of another build here that has the same sources of them."""
+    sources = _native_sources(commit)
+    for other in sorted(home.glob(f"[!.]*-{made_for}")) if sources else ():
+        if _native_sources(other.name.partition("-")[0]) == sources:
+            return sorted((other / "fasttx").glob("*.so"))
+    return []
+
+
+def _native_sources(commit: str) -> str | None:
+    """git's names of a commit's csrc/ and setup.py, which change with what is in them."""
+    found = _git("rev-parse", "--verify", "--quiet", f"{commit}:csrc")
+    script = _git("rev-parse", "--verify", "--quiet", f"{commit}:setup.py")
+    if found.returncode or script.returncode:
+        return None
+    return found.stdout + script.stdout
+
+
+def _build(commit: str, folder: Path) -> None:
+    status, told = _run([sys.executable, "setup.py", "build_ext", "--inplace"], folder)
+    if status:
+        last = " | ".join(told.strip().splitlines()[-5:])
+        raise UsageError(f"--base: {commit[:12]} does not build here: {last}")
+    shutil.rmtree(folder / "build", ignore_errors=True)
 
 
 def _run(command: list[str], folder: Path) -> tuple[int, str]:
@@ -130,33 +161,49 @@ def _git(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+class Commit(Apart):
+    """A process with one commit's fasttx, which says whose error it is."""
+
+    def __init__(self, label: str, *arguments):
+        self.label = label
+        super().__init__(*arguments)
+
+    def _answer(self):
+        try:
+            return super()._answer()
+        except RuntimeError as why:
+            raise RuntimeError(f"{self.label} cannot run it: {why}") from None
+
+
 class BaseSession(Session):
     """A session whose two contenders are the commits."""
 
     def __init__(self, options: Options, console: Console, ref: str):
-        if not options.ops:
-            raise UsageError("--base compares ops: name one, or give none for attention")
+        if options.device != "cpu":
+            raise UsageError(f"--base times on the CPU alone, not on {options.device}")
         commit = commit_of(ref)
         self.roots = {"base": built(commit, console), "fasttx": ROOT}
-        self._running: dict[int, list[dict[str, Apart]]] = {}
+        self._running: dict[int, list[dict[str, Commit]]] = {}
         super().__init__(options, console)
-        self.labels = {"base": f"{ref} ({commit[:12]})", "fasttx": "fasttx now"}
-        if options.models:
-            self.run.skip(", ".join(options.models), "--base compares ops")
+        self.ref, self.labels = ref, {"base": f"{ref} ({commit[:12]})", "fasttx": "fasttx now"}
         self.run.notes.append(f"ratio: the time of {ref} ({commit}) over the time now. {NOTE}")
 
     def _usable_providers(self) -> dict:
         return {}
 
     def plan(self) -> list[Step]:
-        return [
+        steps = [
             step
             for name in self.options.ops
             for index, case in enumerate(self.cases(ops.find(name)))
-            for step in self._steps(name, index, case)
+            for step in self._op_steps(name, index, case)
         ]
+        for kind, case in plans.cases(self):
+            asked = {"kind": kind.module, "made": case.made, "given": case.given}
+            steps.append(self._step(case.title, asked, case.threads, plans.seconds(self, kind)))
+        return steps
 
-    def _steps(self, op: str, index: int, case) -> list[Step]:
+    def _op_steps(self, op: str, index: int, case) -> list[Step]:
         options = self.options
         directions = options.directions
         if options.default_directions:
@@ -164,21 +211,35 @@ class BaseSession(Session):
         steps = []
         for threads in options.threads:
             for direction in directions:
-
-                def measure(seconds, on_round, threads=threads, direction=direction):
-                    name = f"{case.name} {case.dtype}"
-                    asked = {"op": op, "index": index, "name": name, "direction": direction}
-                    return self._compare(asked, case, threads, seconds)
-
-                title = f"{case.name} {case.dtype} {direction}, {threads} thr."
-                steps.append(Step(title, options.budget_s or SECONDS[options.suite], measure))
+                name = f"{case.name} {case.dtype}"
+                asked = {"kind": "op", "op": op, "index": index, "name": name}
+                asked["direction"] = direction
+                title = f"{op} {name} {direction}, {threads} thr."
+                seconds = options.budget_s or SECONDS[options.suite]
+                steps.append(self._step(title, asked, threads, seconds))
         return steps
+
+    def _step(self, title: str, asked: dict, threads: int, seconds: float) -> Step:
+        def measure(budget: float, on_round) -> list[Row]:
+            return self._compare(title, asked, threads, budget)
+
+        return Step(title, seconds, measure)
+
+    def _hurried(self) -> bool:
+        """Models take their time: most of it goes by before they are timed."""
+        options = self.options
+        models = options.models or options.layers or options.training or options.generation
+        return super()._hurried() and not models
 
     def execute(self) -> Run:
         try:
-            return super().execute()
+            run = super().execute()
         finally:
             self._close()
+        if not run.rows and run.skipped:
+            what, why = run.skipped[-1].values()
+            raise UsageError(f"--base {self.ref}: nothing could be compared: {what}: {why}")
+        return run
 
     def _close(self) -> None:
         while self._running:
@@ -186,7 +247,7 @@ class BaseSession(Session):
             for process in (p for pair in pairs for p in pair.values()):
                 process.close()
 
-    def _pairs(self, threads: int) -> list[dict[str, Apart]]:
+    def _pairs(self, threads: int) -> list[dict[str, Commit]]:
         if threads not in self._running:
             self._running[threads] = pairs = []
             asked = {"device": str(self.device), "options": self.chosen()}
@@ -196,63 +257,73 @@ class BaseSession(Session):
                     pairs[-1][name] = self._start(name, root, asked, threads)
         return self._running[threads]
 
-    def _start(self, name: str, root: Path, asked: dict, threads: int) -> Apart:
+    def _start(self, name: str, root: Path, asked: dict, threads: int) -> Commit:
         cases = str(ROOT / "benchmarks")
         command = ("env", *KEEP_MEMORY, sys.executable, "-c", _BOOT, str(root), cases)
         try:
-            return Apart("base_case:prepare", asked, threads, command)
+            return Commit(self.labels[name], "base_case:prepare", asked, threads, command)
         except RuntimeError as why:
-            raise UsageError(f"--base: {self.labels[name]} does not start: {why}") from None
+            raise UsageError(f"--base: {why}") from None
 
-    def _open(self, name: str, process: Apart, asked: dict) -> None:
+    def _compare(self, title: str, asked: dict, threads: int, seconds: float) -> list[Row]:
+        """The rows of all of fasttx's ways to do the case that both commits have."""
+        rows: list[Row] = []
         try:
-            process("open", **asked)
+            pairs = self._pairs(threads)
+            for process in (p for pair in pairs for p in pair.values()):
+                process("open", **asked)
+            told = {name: process("checked") for name, process in pairs[0].items()}
+            for provider, about in told["fasttx"]["ours"].items():
+                if provider not in told["base"]["ours"]:
+                    self._leave_out(f"{title}, {about['label']}", "base", told)
+                    continue
+                group = Group(**told["fasttx"]["group"] | {"base": "base"})
+                group.case += f", {about['label']}" if about["label"] else ""
+                verdicts = {name: t["ours"][provider]["verdict"] for name, t in told.items()}
+                rows += self._take_turns(group, provider, verdicts, threads, seconds)
+            if not told["fasttx"]["ours"]:
+                self._leave_out(title, "fasttx", told)
         except RuntimeError as why:
-            # Its process is gone: the next row gets new ones.
+            # A process is gone: the next row gets new ones.
             self._close()
-            raise RuntimeError(f"{self.labels[name]}: {why}") from None
-
-    def _compare(self, asked: dict, case, threads: int, seconds: float) -> list[Row]:
-        timings: dict[str, Timing] = {}
-        try:
-            for pair in self._pairs(threads):
-                for name, process in pair.items():
-                    self._open(name, process, asked)
-                if not timings:
-                    verdicts = {name: _verdict(p("verdict")) for name, p in pair.items()}
-                more = interleave(pair, clock_for(self.device, threads), seconds / PAIRS)
-                for name, timing in more.items():
-                    if name in timings:
-                        timings[name].samples += timing.samples
-                        timings[name].rejected += timing.rejected
-                    else:
-                        timings[name] = timing
-        except RuntimeError as why:
-            self.run.skip(f"{asked['op']} {asked['name']} {asked['direction']}", str(why))
-            return []
-        rows = []
-        for name in reversed(timings):
-            flops, moved = _work(case, asked["direction"])
-            row = Row(
-                "op", asked["op"], case.name, asked["direction"], name, self.labels[name],
-                case.dtype, str(self.device), threads, timings[name].clock,
-            )  # fmt: skip
-            row.set_timing(timings[name])
-            row.set_rate(flops, self.run.limits_for(str(self.device), threads), moved)
-            row.set_verdict(verdicts[name])
-            rows.append(row)
-        set_ratios(rows, timings, "base")
+            self.run.skip(title, str(why))
         return rows
 
+    def _leave_out(self, what: str, who: str, told: dict) -> None:
+        why = "; ".join(told[who]["left_out"]) or "it has no such way"
+        self.run.skip(what, f"{self.labels[who]} cannot run it: {why}")
+
+    def _take_turns(
+        self, group: Group, provider: str, verdicts: dict, threads: int, seconds: float
+    ) -> list[Row]:
+        timings: dict[str, Timing] = {}
+        for pair in self._pairs(threads):
+            for process in pair.values():
+                process("take", provider=provider)
+            more = interleave(pair, clock_for(self.device, threads), seconds / PAIRS)
+            for name, timing in more.items():
+                if name in timings:
+                    timings[name].samples += timing.samples
+                    timings[name].rejected += timing.rejected
+                else:
+                    timings[name] = timing
+        contenders = {
+            name: Contender(self.labels[name], pair[name], _verdict(verdicts[name]), notes=[APART])
+            for name in ("fasttx", "base")
+        }
+        return rows_of(group, contenders, timings, self.device, threads, self.run)
+
     def _tell(self, step: Step, rows: list[Row]) -> None:
-        for row in rows:
-            if row.provider == "fasttx" and row.ratio is not None:
-                times = " -> ".join(report.seconds(r.median_s) for r in reversed(rows))
-                self.console.print(
-                    f"{step.title}: {row.ratio:.2f}x [{row.ratio_low:.2f}, {row.ratio_high:.2f}], "
-                    f"{times}",
-                    highlight=False, soft_wrap=True,
-                )  # fmt: skip
+        for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
+            times = f"{report.seconds(theirs.median_s)} -> {report.seconds(ours.median_s)}"
+            ratio = f"not compared: {ours.why or theirs.why}"
+            if ours.ratio is not None:
+                ratio = f"{ours.ratio:.2f}x [{ours.ratio_low:.2f}, {ours.ratio_high:.2f}]"
+            self.console.print(
+                f"{ours.case} {ours.dtype} {ours.direction}, {ours.threads} thr.: "
+                f"{ratio}, {times}",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
 
 
 def _verdict(told: dict) -> Verdict:
@@ -260,9 +331,3 @@ def _verdict(told: dict) -> Verdict:
         return {name: Error(**error) for name, error in found.items()}
 
     return Verdict(told["ok"], errors(told["errors"]), errors(told["plain"]), told["why"])
-
-
-def _work(case, direction: str) -> tuple[int | None, int | None]:
-    if callable(case.flops):
-        return case.flops(direction), None
-    return case.flops.get(direction), case.moved.get(direction)

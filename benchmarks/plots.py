@@ -9,7 +9,12 @@ from .rows import Row, Run
 
 COLORS = {"fasttx": "#0b6bcb", "sdpa": "#d9730d", "eager": "#8a8a8a", "torch_compile": "#2a9d5c"}
 OTHER = "#9b59b6"
-COLORS |= {"fasttx_models": "#3f95e8", "fasttx_nn": "#3f95e8", "torch_nn": "#d9730d"}
+COLORS |= {
+    "fasttx_models": "#3f95e8",
+    "fasttx_unpad": "#3f95e8",
+    "fasttx_nn": "#3f95e8",
+    "torch_nn": "#d9730d",
+}
 COLORS |= {"onnxruntime": "#b5487d", "ctranslate2": "#b5487d"}
 BASES = {
     "op": "PyTorch",
@@ -98,7 +103,8 @@ def ratio_plot(rows: list[Row], path: Path, theme: str = "light") -> Path:
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     more = f" ({left_out} rows more in the table)" if left_out else ""
-    title = f"How many times faster than {BASES[rows[0].kind]}; diamond: than the best other{more}"
+    base = "the other commit" if rows[0].ratio_to == "base" else BASES[rows[0].kind]
+    title = f"How many times faster than {base}; diamond: than the best other{more}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=colors["ink"])
     _dress(axes, theme, "x")
     figure.savefig(path, dpi=130)

@@ -181,7 +181,7 @@ def losses(rows: Iterable[Row]) -> list[str]:
 def gains(run: Run) -> list[str]:
     """A model patched beside itself unpatched: a line a model, dtype and thread count."""
     lines = []
-    models = [row for row in run.rows if row.kind == "model" and row.ratio_to is not None]
+    models = [r for r in run.rows if r.kind == "model" and r.ratio_to not in (None, "base")]
     names = dict.fromkeys((row.op, row.dtype, row.device, row.threads) for row in models)
     words = {"forward": "forward", "step": "training step", "generate": "generation"}
     for name, dtype, device, threads in names:

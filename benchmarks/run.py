@@ -49,7 +49,7 @@ def bench(
     memory: Annotated[bool, typer.Option("--memory", help="Peak memory, fresh processes.")] = False,
     cold: Annotated[bool, typer.Option("--cold", help="Cold start, fresh processes.")] = False,
     base: Annotated[
-        str | None, typer.Option(help="Compare with another commit of fasttx: ops alone.")
+        str | None, typer.Option(help="Compare with another commit of fasttx.")
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="Also write the CSV there.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the JSON there.")] = None,
