@@ -42,12 +42,18 @@ _ATTENTION = Class(
 _SOFTMAX = Class(("x",), ("x.rows", "x.-1"), ("causal", "log"), ("mask",))
 _NORM = Class(("x",), ("x.rows", "x.-1"), ("rms",), ("residual", "weight", "seed"))
 _LOSS = Class(("logits",), ("target.numel", "logits.-1"), ("reduction",), ("weight",))
+_HEAD = Class(("x",), ("x.0", "x.1", "weight.0"), ("reduction", "need"), ("class_weight",))
 _EMBED = Class(
     ("token_weight",),
     ("input_ids.numel", "token_weight.1"),
     ("norm",),
     ("position_weight", "segment_weight", "seed"),
 )
+
+
+def _rope(q: str, k: str) -> Class:
+    return Class((q,), tuple(f"{q}.{dim}" for dim in range(4)), ("interleaved",), (k,))
+
 
 CLASSES: Mapping[str, Class] = {
     "linear_fwd": Class(
@@ -68,9 +74,13 @@ CLASSES: Mapping[str, Class] = {
     "add_norm_bwd": _NORM,
     "cross_entropy_fwd": _LOSS,
     "cross_entropy_bwd": _LOSS,
+    "linear_cross_entropy_fwd": _HEAD,
+    "linear_cross_entropy_bwd": _HEAD,
     "embed_fwd": _EMBED,
     "embed_bwd": _EMBED,
-    "rope_fwd": Class(("q",), ("q.0", "q.1", "q.2", "q.3"), ("interleaved",), ("k",)),
+    "rope_fwd": _rope("q", "k"),
+    "rope_bwd": _rope("dq_out", "dk_out"),
+    "rope_inplace": _rope("q", "k"),
 }
 
 

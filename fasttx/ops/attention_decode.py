@@ -56,6 +56,15 @@ for _op, _of, _sizes in (
     _reference = Kernel(
         "reference", f"fasttx.reference.attention_decode:{_op.name}", Needs(dtypes=None)
     )
+    # An append is PyTorch's own indexing in the reference already.
+    _own = [
+        Kernel(
+            "torch",
+            f"fasttx.reference.torch_own:{_op.name}",
+            Needs(sizes=_sizes, absent=("block_table", "slopes", "table", "softcap"), by_name=True),
+        )
+        for _ in range(_op is attention_decode_fwd)
+    ]
     _op.kernels(
         cpu=[
             Kernel("cpu", f"native:{_op.name}_cpu", Needs(dtype_of=_of, sizes=_sizes)),
@@ -64,6 +73,7 @@ for _op, _of, _sizes in (
                 _triton,
                 Needs(dtype_of=_of, sizes=_sizes, env=("TRITON_INTERPRET", "1"), by_name=True),
             ),
+            *_own,
             _reference,
         ],
         cuda=[
@@ -113,8 +123,8 @@ def attention_decode(
             right of a query at position p.
         scale: finite; None is 1 / sqrt(D).
         softcap: c > 0 turns the scaled product x into c * tanh(x / c), before the bias.
-        backend: None chooses; "cpu", "cuda", "triton" or "reference" runs that or raises with every
-            kernel's reason.
+        backend: None chooses; "cpu", "cuda", "triton", "torch" (PyTorch's SDPA on the CPU, without
+            pages, bias and softcap) or "reference" runs that or raises with every kernel's reason.
 
     Returns:
         out [B, H, S, Dv] in q's dtype. A query with no visible key gives 0. What is hidden never

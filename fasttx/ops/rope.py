@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from ..op import HALF, Kernel, Needs, Op
+from ._checks import BACKENDS as OURS
 from ._checks import FLOATS, check_backend, check_float, short
 
 __all__ = ["rope", "rope_bwd", "rope_fwd", "rope_inplace"]
+BACKENDS = (*OURS, "torch")
 
 
 def _like(q: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -55,6 +57,9 @@ rope_fwd.backward = rope_bwd
 for _op in (rope_fwd, rope_bwd, rope_inplace):
     _of = "dq_out" if _op is rope_bwd else "q"
     _triton = f"fasttx.kernels.rope:{_op.name}"
+    _unfused = Kernel(
+        "torch", f"fasttx.reference.unfused:{_op.name}", Needs(dtype_of=_of, by_name=True)
+    )
     _reference = Kernel("reference", f"fasttx.reference.rope:{_op.name}", Needs(dtypes=None))
     _op.kernels(
         cpu=[
@@ -64,11 +69,13 @@ for _op in (rope_fwd, rope_bwd, rope_inplace):
                 _triton,
                 Needs(dtype_of=_of, env=("TRITON_INTERPRET", "1"), by_name=True),
             ),
+            _unfused,
             _reference,
         ],
         cuda=[
             Kernel("triton", _triton, Needs(dtype_of=_of, sm=80)),
             Kernel("cuda", f"native:{_op.name}_cuda", Needs(HALF, dtype_of=_of, sm=80)),
+            _unfused,
             _reference,
         ],
     )
@@ -175,8 +182,8 @@ def rope(
             for every element. Right under autograd: neither is needed for the backward, and what
             was saved elsewhere from the old values raises there.
         rotary_dim: R; None is the width of cos and sin. D - R columns pass through.
-        backend: None chooses; "cpu", "cuda", "triton" or "reference" runs that or raises with every
-            kernel's reason.
+        backend: None chooses; "cpu", "cuda", "triton", "torch" (PyTorch's plain operations in q's
+            dtype) or "reference" runs that or raises with every kernel's reason.
 
     Returns:
         (q, k) rotated, in their dtype and memory order. Gradients of any order exist for q and k,
@@ -189,7 +196,7 @@ def rope(
 
     Source: Su et al., arXiv 2104.09864; the interleaved form is the paper's.
     """
-    check_backend(backend)
+    check_backend(backend, BACKENDS)
     angles, rotary = _checked(q, k, cos, sin, rotary_dim)
     scalars = (rotary, bool(interleaved))
     if not inplace:

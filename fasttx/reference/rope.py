@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def _turned(x: Tensor, interleaved: bool) -> Tensor:
+def turned(x: Tensor, interleaved: bool) -> Tensor:
     """(-x_b, x_a) in the place of each pair (x_a, x_b)."""
     if interleaved:
         return torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
@@ -12,7 +12,7 @@ def _turned(x: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((-b, a), -1)
 
 
-def _each(angles: Tensor, rotary: int, interleaved: bool, dtype: torch.dtype) -> Tensor:
+def each(angles: Tensor, rotary: int, interleaved: bool, dtype: torch.dtype) -> Tensor:
     """cos or sin as [B|1, 1, S, rotary], one for each column."""
     angles = angles.to(dtype)[:, None]
     if angles.shape[-1] == rotary:
@@ -24,12 +24,12 @@ def rope_math(x, cos, sin, rotary, interleaved, adjoint=False, compute=None) -> 
     """x [B,H,S,D] rotated, differentiable; with adjoint the transposed rotation. compute: the dtype
     of every step, fp32 where None (fp64 for fp64)."""
     dtype = compute or torch.promote_types(x.dtype, torch.float32)
-    cos, sin = (_each(t, rotary, interleaved, dtype) for t in (cos, sin))
+    cos, sin = (each(t, rotary, interleaved, dtype) for t in (cos, sin))
     head, rest = x[..., :rotary].to(dtype), x[..., rotary:].to(dtype)
     if adjoint:
-        head = head * cos - _turned(head * sin, interleaved)
+        head = head * cos - turned(head * sin, interleaved)
     else:
-        head = head * cos + _turned(head, interleaved) * sin
+        head = head * cos + turned(head, interleaved) * sin
     return torch.cat((head, rest), -1)
 
 

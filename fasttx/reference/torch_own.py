@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import add_norm as norm_reference
 from . import attention as reference
+from . import attention_decode as decode_reference
 from . import embed as embed_reference
 from . import softmax as softmax_reference
 from .unfused import plain
@@ -91,6 +92,47 @@ def attention_bwd(dq, dk, dv, dmask, dtable, dout, dlse, q, k, v, out, lse, *res
                     B, G, T, D = grad.shape
                     new = new.view(B, G, -1, T, D).sum(2, dtype=torch.float32)
                 grad.copy_(new)
+
+
+def _in_use(q, T, lengths, start, left, right) -> Tensor:
+    """bool [B, 1, S, T]: the keys that each query sees, as transformers makes it for a cache."""
+    S = q.shape[2]
+    j = torch.arange(T, device=q.device)
+    ends = lengths[:, None, None]
+    place = ends - S + torch.arange(S, device=q.device)[:, None]
+    seen = (j < ends) & (place >= 0)
+    if start is not None:
+        seen &= j >= start[:, None, None]
+    if left >= 0:
+        seen &= j >= place - left
+    if right >= 0:
+        seen &= j <= place + right
+    return seen[:, None]
+
+
+def attention_decode_fwd(
+    out, q, k_cache, v_cache, lengths, start, block_table, slopes, positions, table, lut, scale,
+    softcap, left, right,
+):  # fmt: skip
+    with plain(q):
+        shortest, T = (int(n) for n in lengths.aminmax()) if lengths.numel() else (0, 0)
+        if 0 < T <= k_cache.shape[2] and shortest >= 0 and out.numel():
+            whole = q.shape[2] == 1 and shortest == T and start is None and left < 0
+            seen = None if whole else _in_use(q, T, lengths, start, left, right)
+            found = torch.nn.functional.scaled_dot_product_attention(
+                q, k_cache[:, :, :T], v_cache[:, :, :T], seen, scale=scale,
+                enable_gqa=q.shape[1] != k_cache.shape[1],
+            )  # fmt: skip
+            out.copy_(found)
+            if seen is not None:
+                out.masked_fill_(~seen.any(-1, keepdim=True), 0)
+            if out.isfinite().all():
+                return
+        # NaN of a key that is not in use would reach all of PyTorch's.
+        decode_reference.attention_decode_fwd(
+            out, q, k_cache, v_cache, lengths, start, block_table, slopes, positions, table, lut,
+            scale, softcap, left, right,
+        )  # fmt: skip
 
 
 def _float(t: Tensor | None) -> Tensor | None:

@@ -1,6 +1,6 @@
-"""linear, ffn, cross_entropy and linear_cross_entropy by PyTorch's own operations, without fusing
-anything: cuBLASLt's speed on a GPU, and a backend, "torch", where that was measured to be faster
-(fasttx/choice.py).
+"""linear, ffn, rope, cross_entropy and linear_cross_entropy by PyTorch's own operations, without
+fusing anything: cuBLASLt's speed on a GPU, and a backend, "torch", where that was measured to be
+faster (fasttx/choice.py).
 
 The calling conventions are those of fasttx/ops; ffn without dropout, losses without the z-loss.
 """
@@ -12,6 +12,7 @@ import torch
 from . import cross_entropy as reference
 from .linear import activate
 from .linear_cross_entropy import headroom
+from .rope import each, turned
 
 _gradients = {
     1: lambda g, pre: torch.ops.aten.gelu_backward(g, pre),
@@ -179,3 +180,35 @@ def _linear_cross_entropy(loss, grads, dloss, x, weight, bias, target, args, nee
             torch.mm(d.t(), x, out=dweight)
         if need & 4:
             torch.sum(d, 0, out=dbias)
+
+
+def _rotate(out, x, cos, sin, rotary, interleaved, adjoint):
+    """x cos + turned(x) sin as transformers writes it, in x's dtype; out may be x."""
+    cos, sin = (each(t, rotary, interleaved, t.dtype) for t in (cos, sin))
+    head, to = x[..., :rotary], out[..., :rotary]
+    other = -turned(head * sin, interleaved) if adjoint else turned(head, interleaved) * sin
+    if out is x:
+        to.mul_(cos)
+    else:
+        torch.mul(head, cos, out=to)
+        out[..., rotary:].copy_(x[..., rotary:])
+    to.add_(other)
+
+
+def _rotate_both(outputs, inputs, rest, adjoint):
+    with plain(inputs[0]):
+        for out, x in zip(outputs, inputs, strict=True):
+            if x is not None:
+                _rotate(out, x, *rest, adjoint)
+
+
+def rope_fwd(q_out, k_out, q, k, *rest):
+    _rotate_both((q_out, k_out), (q, k), rest, False)
+
+
+def rope_bwd(dq, dk, dq_out, dk_out, *rest):
+    _rotate_both((dq, dk), (dq_out, dk_out), rest, True)
+
+
+def rope_inplace(q, k, *rest):
+    _rotate_both((q, k), (q, k), rest, False)

@@ -100,8 +100,7 @@ def test_a_class_holds_the_call_that_it_describes(name, monkeypatch):
         assert not choice._choice(entry | {"sizes": wider} | GAIN, table(), "", tuple(op.at)).fits(
             args
         )
-    if name not in ("linear_cross_entropy", "rope"):
-        assert seen
+    assert seen
 
 
 GAIN = {"backend": "torch", "ms": {"torch": 0.1, "cpu": 0.2}, "gain": [2.0, 1.9, 2.1]}

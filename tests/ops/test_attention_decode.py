@@ -117,7 +117,7 @@ def _plain(options, dtype, **x):
 
 
 def _selected():
-    for backend, case, dtype in itertools.product(BACKENDS, CASES, DTYPES):
+    for backend, case, dtype in itertools.product((*BACKENDS, "torch"), CASES, DTYPES):
         slow = backend == "triton" and (dtype is torch.float16 or case not in FEW)
         yield parameter(backend, dtype, case, slow=slow)
 
@@ -126,6 +126,11 @@ def _selected():
 def test_against_fp64(name, dtype, case):
     skip_unusable("attention_decode_fwd", name)
     inputs, options, layouts = CASES[case]
+    if name == "torch" and {"block_table", "softcap", "position_bias"} & {*inputs, *options}:
+        x = {n: t.to(dtype) if t.is_floating_point() else t for n, t in inputs.items()}
+        with pytest.raises(NotImplementedError, match="torch: does not support"):
+            fasttx.attention_decode(**x, **options, backend=name)
+        return
     check(
         functools.partial(fasttx.attention_decode, **options, backend=name),
         functools.partial(fasttx.attention_decode, **options, backend="reference"),
@@ -177,8 +182,10 @@ def test_pages_are_the_same_cache(backend):
     torch.testing.assert_close(got, fasttx.attention_decode(**whole, backend=backend))
 
 
+@pytest.mark.parametrize("backend", (*BACKENDS, "torch"))
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_hidden_values_reach_nothing(backend, poison):
+    skip_unusable("attention_decode_fwd", backend)
     x = {n: t.float() if t.is_floating_point() else t for n, t in cached(S=3).items()}
     options = {"cache_start": ints(4, 8), "window": (11, None), "backend": backend}
     expected = fasttx.attention_decode(**x, **options)
@@ -452,7 +459,7 @@ BAD = {
     "positions": (ValueError, r"position_bias.positions must be \[20\] or \[2, 20\]", {"position_bias": ALiBi(torch.ones(4), torch.arange(5))}),
     "table heads": (ValueError, r"position_bias.weight must be \[buckets, 4\], got shape \(32, 2\)", {"position_bias": RelativePositionBias(torch.ones(32, 2))}),
     "query_offset": (ValueError, "position_bias.query_offset must be None, got 3", {"position_bias": RelativePositionBias(torch.ones(32, 4), query_offset=3)}),
-    "backend": (ValueError, "backend must be None or one of cpu, cuda, triton, reference, got 'torch'", {"backend": "torch"}),
+    "backend": (ValueError, "backend must be None or one of cpu, cuda, triton, reference, torch, got 'cudnn'", {"backend": "cudnn"}),
     "grad q": (ValueError, "q must not require grad, .* attention_decode has no gradient", {"q": Q.clone().requires_grad_()}),
     "grad cache": (ValueError, "v_cache must not require grad", {"v_cache": CACHE.clone().requires_grad_()}),
     "grad table": (ValueError, "position_bias.weight must not require grad", {"position_bias": RelativePositionBias(torch.ones(32, 4, requires_grad=True))}),

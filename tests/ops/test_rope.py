@@ -14,6 +14,7 @@ from torch import Tensor
 import fasttx
 from fasttx.reference.rope import rope_math
 from fasttx.testing import check, lay_out, recorded_calls
+from tests.ops import contract
 from tests.ops.contract import (
     backend_fixture,
     check_compiled,
@@ -23,6 +24,7 @@ from tests.ops.contract import (
     skip_unusable,
 )
 
+BACKENDS = (*contract.BACKENDS, "torch")
 NAMES = ("q_out", "k_out")
 pytestmark = pytest.mark.filterwarnings("ignore:fasttx.rope runs on the plain")
 
@@ -102,10 +104,10 @@ CASES = [
 BY_NAME = {c.name: c for c in CASES}
 
 
-backend = backend_fixture("rope_fwd")
+backend = backend_fixture("rope_fwd", BACKENDS)
 
 
-@pytest.mark.parametrize(("name", "dtype", "case"), list(every_case(CASES)))
+@pytest.mark.parametrize(("name", "dtype", "case"), list(every_case(CASES, backends=BACKENDS)))
 def test_against_fp64(name: str, dtype: torch.dtype, case: Case):
     skip_unusable("rope_fwd", name)
     gold = functools.partial(case.plain, torch.float64)
@@ -404,7 +406,7 @@ BAD = {
     "one tensor": (ValueError, "inplace needs q and k of their own, got one tensor for both", {"k": Q, "inplace": True}),
     "expanded": (ValueError, r"inplace needs k with memory of its own for every element, got shape \(2, 2, 5, 8\) with strides \(0, ", {"k": K[:1].expand(2, -1, -1, -1), "inplace": True}),
     "leaf": (ValueError, "inplace cannot overwrite q, a leaf that requires grad", {"q": LEAF, "inplace": True}),
-    "backend": (ValueError, "backend must be None or one of cpu, cuda, triton, reference, got 'torch'", {"backend": "torch"}),
+    "backend": (ValueError, "backend must be None or one of cpu, cuda, triton, reference, torch, got 'cudnn'", {"backend": "cudnn"}),
 }  # fmt: skip
 
 
