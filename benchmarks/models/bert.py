@@ -211,7 +211,7 @@ def _patch(model: torch.nn.Module, unpad: bool) -> str | None:
     except (ImportError, AttributeError) as error:
         return f"fasttx.patch is not there: {error}"
     try:
-        patch(model, strict=True, unpad=unpad)
+        patch(model, strict=True, **({"unpad": True} if unpad else {}))
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         return str(error)
     return None
