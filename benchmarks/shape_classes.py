@@ -9,7 +9,7 @@ which optional arguments are there, and how matrices lie in memory. What an op's
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fasttx.choice import layout, size
@@ -20,13 +20,15 @@ from fasttx.kernel import short
 class Class:
     """Names of arguments: dtypes and layout of tensors, sizes as fasttx/choice.py has them, values
     numbers and flags that count as they are, present tensors of which it counts whether they are
-    there."""
+    there. free: outputs, by number, that backends may give differently: what only backwards read.
+    """
 
     dtypes: tuple[str, ...]
     sizes: tuple[str, ...]
     values: tuple[str, ...] = ()
     present: tuple[str, ...] = ()
     layout: tuple[str, ...] = ()
+    free: tuple[int, ...] = ()
 
 
 _PRODUCT = Class(("x",), ("x.0", "x.1", "weight.0"), ("activation",), (), ("weight",))
@@ -72,7 +74,7 @@ CLASSES: Mapping[str, Class] = {
     "softmax_bwd": _SOFTMAX,
     "add_norm_fwd": _NORM,
     "add_norm_bwd": _NORM,
-    "cross_entropy_fwd": _LOSS,
+    "cross_entropy_fwd": replace(_LOSS, free=(1, 2)),
     "cross_entropy_bwd": _LOSS,
     "linear_cross_entropy_fwd": _HEAD,
     "linear_cross_entropy_bwd": _HEAD,

@@ -68,13 +68,19 @@ class Options:
 
 
 def execute(options: Options, console: Console) -> list[dict]:
-    """Measures, writes the tables, and returns them."""
+    """Measures, writes the tables after each op, and returns them. ValueError, OSError before the
+    first measurement where the tables could not be written."""
     names = options.ops or grid.names()
     for name in names:
         if name not in grid.names():
             raise ValueError(f"unknown op {name!r}: {', '.join(grid.names())}")
+    path = None if options.dry_run else options.output or choice_tables.user_file()
+    for each in filter(None, (path, options.json)):
+        choice_tables.check_writable(each)
+    if path:
+        _kept(path, options.output is not None)
     device, before = torch.device(options.device), torch.get_num_threads()
-    measured, races = [], []
+    measured, races, name = [], [], ""
     try:
         for threads in options.threads if device.type == "cpu" else (0,):
             if threads:
@@ -87,41 +93,55 @@ def execute(options: Options, console: Console) -> list[dict]:
                     _measure_op(name, options, device, threads or 1, console, found)
                 finally:
                     races += _told(found, threads)
-                table["ops"] |= {op: entries(classes) for op, classes in found.items()}
+                ops = {op: entries(classes) for op, classes in found.items()}
+                table["ops"] |= ops
+                if ops and path:
+                    _write(table | {"ops": ops}, path, options.output is not None)
+                _tell_op(console, name, threads, found)
     except KeyboardInterrupt:
-        console.print("interrupted: ops that were not finished are left out", highlight=False)
+        console.print(f"interrupted: {name} is left out, what was finished stays", highlight=False)
     finally:
         torch.set_num_threads(before)
     measured = [t for t in measured if t["ops"]]
-    count = sum(len(e) for t in measured for e in t["ops"].values())
-    console.print(f"{count} entries: calls that another kernel than the first runs faster")
     if options.json:
         report = {"schema": SCHEMA, "machine": machine.describe(), "races": races}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n")
         console.print(f"wrote {options.json.resolve()}", soft_wrap=True, highlight=False)
-    if not options.dry_run and measured:
-        _write(measured, options.output, console)
+    if path and measured:
+        console.print(f"wrote {path.resolve()}", soft_wrap=True, highlight=False)
     return measured
 
 
-def _write(measured: list[dict], output: Path | None, console: Console) -> None:
-    path = output or choice_tables.user_file()
+def _kept(path: Path, strict: bool) -> list[dict]:
+    """The tables of a file that is there. A damaged one of the user's is written anew; of a file
+    that was named (strict) it is a ValueError."""
     try:
-        tables = (
-            choice_tables.read(path.read_text())
-            if output and output.exists()
-            else [] if output else choice_tables.read_user(path)
-        )  # fmt: skip
+        if strict:
+            return choice_tables.read(path.read_text()) if path.exists() else []
+        return choice_tables.read_user(path)
     except ValueError as error:
-        if output:
+        if strict:
             raise ValueError(f"{path}: {error}") from None
-        tables = []
-    for table in measured:
-        tables = choice_tables.merged(tables, table)
-    choice_tables.write(path, tables, 0o644 if output else 0o600)
+        return []
+
+
+def _write(table: dict, path: Path, strict: bool) -> None:
+    tables = choice_tables.merged(_kept(path, strict), table)
+    choice_tables.write(path, tables, 0o644 if strict else 0o600)
     choice.forget()
-    console.print(f"wrote {path.resolve()}", soft_wrap=True, highlight=False)
+
+
+def _tell_op(console: Console, name: str, threads: int, found: Races) -> None:
+    classes = sum(len(each) for each in found.values())
+    if not classes:
+        console.print(f"{name}: one kernel runs it, nothing to choose", highlight=False)
+        return
+    gained = sum(len(entries(each)) for each in found.values())
+    on = f" on {threads} thread{'s' * (threads > 1)}" if threads else ""
+    console.print(
+        f"{name}{on}: {gained} of {classes} classes go to another kernel than the first",
+        highlight=False,
+    )
 
 
 def _table(device: torch.device, threads: int) -> dict[str, Any]:
@@ -155,6 +175,8 @@ def _measure_op(
     name: str, options: Options, device, threads: int, console: Console, races: Races
 ) -> None:
     """Adds the races of the calls that more than one backend can run."""
+    if not any(op.public == name and op.name in shape_classes.CLASSES for op in OPS.values()):
+        return
     for dtype in options.dtypes:
         for case in options.cases(name, dtype) if options.cases else grid.cases(name, dtype):
             if options.quick and _large(case):
@@ -175,8 +197,6 @@ def _measure_op(
                 _tell(console, op.name, json.loads(key), found[-1])
             del calls
             gc.collect()
-    if not races:
-        console.print(f"{name}: one kernel runs it on {device.type}, nothing to choose")
 
 
 def _large(case) -> bool:
@@ -250,14 +270,13 @@ def race(op: Op, args: tuple, backends: list[str], device, threads: int, case: s
 
         return call
 
-    calls = {b: call_of(b) for b in backends}
-    seconds, wrong = {}, ""
-    expected = _outputs(op, args, calls[first])
-    for backend, call in calls.items():
-        if backend != first and not agree(_outputs(op, args, call), expected):
+    expected, wrong = outputs(op, args, first), ""
+    for backend in backends[1:]:  # before a call that is timed changes its arguments
+        if not agree(outputs(op, args, backend), expected):
             wrong = f"{backend} does not agree with {first}"
-            continue
-        seconds[backend] = min(clock.measure(call, 1)[0] for _ in range(2))
+            backends = [b for b in backends if b != backend]
+    calls = {b: call_of(b) for b in backends}
+    seconds = {b: min(clock.measure(call, 1)[0] for _ in range(2)) for b, call in calls.items()}
     close = {b: t for b, t in seconds.items() if t < WORTH_TIMING * min(seconds.values())}
     contest = {b: calls[b] for b in dict.fromkeys((first, *close))}
     if len(contest) < 2:
@@ -273,10 +292,16 @@ def race(op: Op, args: tuple, backends: list[str], device, threads: int, case: s
     return Race(case, first, seconds, best, gain, wrong)
 
 
-def _outputs(op: Op, args: tuple, call) -> list[Tensor]:
-    found = generic._tuple(call())
-    given = [args[op.at[name]] for name in op.mutates]
-    return [t.clone() for t in (*found, *given) if isinstance(t, Tensor) and t.numel()]
+def outputs(op: Op, args: tuple, backend: str) -> list[Tensor]:
+    """What backends must agree on: a call's outputs, and copies of what it changes."""
+    changed = [i for name in op.mutates if args[i := op.at[name]] is not None]
+    args = tuple(a.clone() if i in changed else a for i, a in enumerate(args))
+    found = dict(enumerate(generic._tuple(op(*args, backend=backend))))
+    known = shape_classes.CLASSES.get(op.name)
+    for free in known.free if known else ():
+        del found[free]
+    given = [args[i] for i in changed]
+    return [t for t in (*found.values(), *given) if isinstance(t, Tensor) and t.numel()]
 
 
 def agree(ours: list[Tensor], theirs: list[Tensor]) -> bool:

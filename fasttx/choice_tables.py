@@ -102,6 +102,18 @@ def write(path: Path, tables: list[dict], mode: int = 0o600) -> None:
         raise
 
 
+def check_writable(path: Path) -> None:
+    """OSError unless a file can be put there; its folder is made."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}") from None
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} cannot be written: it is a folder")
+
+
 def merged(tables: list[dict], new: dict) -> list[dict]:
     """The tables with new in the place of the one of its machine, threads and versions; ops that
     new did not measure stay as they were there."""

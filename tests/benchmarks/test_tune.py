@@ -128,7 +128,7 @@ def linear(monkeypatch, tmp_path):
     monkeypatch.setattr(choice_tables, "COMMITTED", tmp_path / "none.json")
     choice_tables.write(choice_tables.COMMITTED, [])
     choice.forget()
-    work = ops.find("linear").work
+    work, ffn = ops.find("linear").work, ops.find("ffn").work(4, "fp32", sizes=(8, 8, 8))
 
     def race(op, args, backends, device, threads, case):
         wins = args[0].shape[0] >= 4 and case != "7x8x5 fp32"
@@ -138,10 +138,10 @@ def linear(monkeypatch, tmp_path):
 
     monkeypatch.setattr(tune, "race", race)
 
-    def execute(*rows, **changes):
-        cases = [work(n, 8, 5, "fp32") for n in rows]
+    def execute(*rows, names=("linear",), **changes):
+        cases = {"linear": [work(n, 8, 5, "fp32") for n in rows], "ffn": [ffn]}
         options = tune.Options(
-            ("linear",), ("fp32",), (torch.get_num_threads(),), cases=lambda name, dtype: cases,
+            names, ("fp32",), (torch.get_num_threads(),), cases=lambda name, _: cases[name],
             **changes,
         )  # fmt: skip
         return tune.execute(options, Console(quiet=True))
@@ -213,10 +213,12 @@ def test_a_damaged_file_is_written_anew(linear):
 
 
 def test_interrupted(linear, monkeypatch, tmp_path):
+    """The op under way is left out; those before it were written when they were finished."""
     first, path = tune.race, tmp_path / "tune.json"
+    stopping = "linear_bwd"
 
     def stop(op, *args):
-        if op.name == "linear_bwd":
+        if op.name == stopping:
             raise KeyboardInterrupt
         return first(op, *args)
 
@@ -224,6 +226,47 @@ def test_interrupted(linear, monkeypatch, tmp_path):
     assert linear(16, json=path) == []
     assert not choice_tables.user_file().exists()
     assert [r["op"] for r in json.loads(path.read_text())["races"]] == ["linear_fwd"]
+    stopping = "ffn_fwd"
+    (found,) = linear(16, names=("linear", "ffn"))
+    assert sorted(found["ops"]) == ["linear_bwd", "linear_fwd"]
+    assert choice_tables.read_user(choice_tables.user_file()) == [found]
+    assert backend(16) == "torch"
+
+
+@pytest.mark.parametrize("option", ["output", "json"])
+def test_a_place_that_cannot_be_written_is_told_before_measuring(
+    linear, option, monkeypatch, tmp_path
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tune, "race", lambda *args: pytest.fail("measured"))
+    for path in (tmp_path / "file" / "choices.json", tmp_path):
+        with pytest.raises(OSError, match=f"{path.name} cannot be written: "):
+            linear(16, **{option: path})
+    (tmp_path / "file").write_text("{")
+    if option == "output":
+        with pytest.raises(ValueError, match="it is no JSON"):
+            linear(16, output=tmp_path / "file")
+
+
+def test_a_kernel_that_changes_its_arguments_is_compared_on_copies():
+    """Before any call is timed, which changes them."""
+    q, angles = torch.randn(1, 2, 5, 8), torch.rand(1, 5, 8)
+    args = (q.clone(), None, angles.cos(), angles.sin(), 8, False)
+    found = [tune.outputs(OPS["rope_inplace"], args, b) for b in ("cpu", "torch")]
+    assert tune.agree(*found)
+    assert torch.equal(args[0], q)
+    rope = OPS["rope_inplace"]
+    told = tune.race(rope, args, ["cpu", "torch"], torch.device("cpu"), 1, "case")
+    assert not told.why
+    assert not torch.equal(args[0], q)
+
+
+def test_residuals_may_differ_where_only_backwards_read_them():
+    """Each kernel of cross_entropy takes another value near the maximum as its peak."""
+    args = (torch.randn(1, 3, 4099), torch.arange(3), None, -100, 1, 0.0, 0.0)
+    found = [tune.outputs(OPS["cross_entropy_fwd"], args, b) for b in ("cpu", "torch")]
+    assert [t.shape for t in found[0]] == [(), (2,)]
+    assert tune.agree(*found)
 
 
 @pytest.mark.parametrize(
