@@ -69,6 +69,12 @@ CLASSES: Mapping[str, Class] = {
     "attention_decode_fwd": Class(
         ("q",), ("q.0", "q.1", "q.2", "q.3", "k_cache.1", "k_cache.2"), (), ("block_table", "table")
     ),
+    "attention_map_fwd": Class(
+        ("q",),
+        (*_ATTENTION.sizes, "heads.0", "rows.0"),
+        ("left", "right", "lower_right", "pool"),
+        ("heads", "rows", "mask", "slopes", "table"),
+    ),
     "softmax_fwd": _SOFTMAX,
     "softmax_out": _SOFTMAX,
     "softmax_bwd": _SOFTMAX,
@@ -80,6 +86,7 @@ CLASSES: Mapping[str, Class] = {
     "linear_cross_entropy_bwd": _HEAD,
     "embed_fwd": _EMBED,
     "embed_bwd": _EMBED,
+    "sample_fwd": Class(("logits",), ("logits.0", "logits.1"), ("greedy",)),
     "rope_fwd": _rope("q", "k"),
     "rope_bwd": _rope("dq_out", "dk_out"),
     "rope_inplace": _rope("q", "k"),
@@ -108,6 +115,7 @@ def describe(op: str, args: tuple, at: Mapping[str, int]) -> dict[str, Any]:
         "sizes": {
             key: octave(size(of(key.partition(".")[0]), key.partition(".")[2]))
             for key in found.sizes
+            if of(key.partition(".")[0]) is not None
         },
         "given": {n: [of(n)] for n in found.values} | {n: of(n) is not None for n in found.present},
         "layout": {n: layout(tensors[n]) for n in found.layout},

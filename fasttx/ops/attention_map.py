@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..op import Kernel, Needs, Op
 from ._attention_checks import checked
-from ._checks import check_backend, check_float, has_values, short
+from ._checks import BACKENDS, check_backend, check_float, has_values, short
 from ._position_bias import ALiBi, RelativePositionBias
 
 __all__ = ["attention_map", "attention_map_fwd"]
@@ -37,6 +37,7 @@ def attention_map_fwd(
 
 
 _HEADS = {"q.3": (1, 256)}
+_own = Needs(sizes=_HEADS, absent=("mask", "slopes", "table", "softcap"), by_name=True)
 _triton = "fasttx.kernels.attention_map:attention_map_fwd"
 _reference = Kernel(
     "reference", "fasttx.reference.attention_map:attention_map_fwd", Needs(dtypes=None)
@@ -45,6 +46,7 @@ attention_map_fwd.kernels(
     cpu=[
         Kernel("cpu", "native:attention_map_fwd_cpu", Needs(sizes=_HEADS)),
         Kernel("triton", _triton, Needs(sizes=_HEADS, env=("TRITON_INTERPRET", "1"), by_name=True)),
+        Kernel("torch", "fasttx.reference.torch_own:attention_map_fwd", _own),
         _reference,
     ],
     cuda=[Kernel("triton", _triton, Needs(sizes=_HEADS, sm=80)), _reference],
@@ -81,8 +83,9 @@ def attention_map(
             chosen rows and all keys, as torch's adaptive_avg_pool2d of the map.
         attn_mask, is_causal, scale, position_bias, window, softcap: those of the call of
             fasttx.attention that gave lse.
-        backend: None chooses; "cpu", "triton" or "reference" runs that or raises with every
-            kernel's reason.
+        backend: None chooses; "cpu", "triton", "torch" (PyTorch's plain operations on the CPU,
+            without mask, bias and softcap) or "reference" runs that or raises with every kernel's
+            reason.
 
     Returns:
         float32 (float64 for float64) [..., h, r, T], or [..., h, pool, pool]. Rows sum to 1 as far
@@ -98,7 +101,7 @@ def attention_map(
 
     Source: Dao, arXiv 2307.08691 (probabilities again from lse).
     """
-    check_backend(backend)
+    check_backend(backend, (*BACKENDS, "torch"))
     _check_operands(q, k, lse)
     if pool is not None and (isinstance(pool, bool) or not isinstance(pool, int)):
         raise TypeError(f"pool must be an int or None, got {pool!r}")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..op import Kernel, Needs, Op
-from ._checks import check_backend, check_float, has_values, number, seed_tensor
+from ._checks import BACKENDS, check_backend, check_float, has_values, number, seed_tensor
 
 __all__ = ["sample", "sample_fwd"]
 MOST_CLASSES = 2**24
@@ -49,6 +49,12 @@ sample_fwd.kernels(
             "triton",
             _triton,
             Needs(dtype_of="logits", env=("TRITON_INTERPRET", "1"), by_name=True),
+        ),
+        # What is drawn is fasttx's own: PyTorch has the largest logit alone.
+        Kernel(
+            "torch",
+            "fasttx.reference.torch_own:sample_fwd",
+            Needs(dtype_of="logits", absent=("seed",), by_name=True),
         ),
         _reference,
     ],
@@ -84,8 +90,8 @@ def sample(
         seed: instead of a generator the key itself, an int or an int64 tensor of one element. The
             ids are a pure function of it, the logits and the row's number: the same on every
             backend.
-        backend: None chooses; "cpu", "triton" or "reference" runs that or raises with every
-            kernel's reason.
+        backend: None chooses; "cpu", "triton", "torch" (PyTorch's argmax on the CPU, for
+            temperature 0) or "reference" runs that or raises with every kernel's reason.
 
     Returns:
         int64 [...]. -inf is never drawn; rows with +inf draw among these. Logits more than 26 below
@@ -99,7 +105,7 @@ def sample(
 
     Sources: Fan et al., arXiv 1805.04833 (top-k); Holtzman et al., 1904.09751 (top-p).
     """
-    check_backend(backend)
+    check_backend(backend, (*BACKENDS, "torch"))
     check_float("logits", logits)
     if logits.dim() == 0 or not 1 <= logits.shape[-1] <= MOST_CLASSES:
         raise ValueError(

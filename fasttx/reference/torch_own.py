@@ -12,6 +12,7 @@ from torch import Tensor
 from . import add_norm as norm_reference
 from . import attention as reference
 from . import attention_decode as decode_reference
+from . import attention_map as map_reference
 from . import embed as embed_reference
 from . import softmax as softmax_reference
 from .unfused import plain
@@ -135,6 +136,46 @@ def attention_decode_fwd(
         )  # fmt: skip
 
 
+def _inside(ids: Tensor, rows: int) -> bool:
+    """Whether all of them are in [0, rows), of which PyTorch's kernels are sure."""
+    if not ids.numel():
+        return True
+    low, high = ids.aminmax()
+    return bool(low >= 0) and bool(high < rows)
+
+
+def attention_map_fwd(
+    out, q, k, lse, heads, rows, mask, slopes, positions, table, lut, scale, softcap, left, right,
+    lower_right, bias_shift, pool,
+):  # fmt: skip
+    with plain(q):
+        (_, H, S, _), T = q.shape, k.shape[2]
+        known = all(n is None or _inside(n, size) for n, size in ((heads, H), (rows, S)))
+        if not (known and q.numel() and k.numel()):
+            return map_reference.attention_map_fwd(
+                out, q, k, lse, heads, rows, mask, slopes, positions, table, lut, scale, softcap,
+                left, right, lower_right, bias_shift, pool,
+            )  # fmt: skip
+        seen, k = reference.visible_band(S, T, left, right, lower_right, q.device), _grouped(q, k)
+        if heads is not None:
+            q, k, lse = q[:, heads], k[:, heads], lse[:, heads]
+        if rows is not None:
+            q, lse, seen = q[:, :, rows], lse[:, :, rows], None if seen is None else seen[rows]
+        # Logits rounded to 16 bits would not be those that lse was taken of.
+        p = q.to(torch.float32) @ k.to(torch.float32).transpose(2, 3)
+        p = p.mul_(scale).sub_(lse[..., None]).exp_()
+        if seen is not None:
+            p.masked_fill_(~seen, 0)
+        out.copy_(torch.nn.functional.adaptive_avg_pool2d(p, pool) if pool else p)
+
+
+def sample_fwd(ids, logits, seed, factor, top_k, top_p, greedy):
+    with plain(logits):
+        torch.argmax(logits, -1, out=ids)
+        found = logits.gather(-1, ids[:, None])[:, 0]  # NaN counts as the largest
+        ids.masked_fill_(found.isnan() | (found == -torch.inf), -1)
+
+
 def _float(t: Tensor | None) -> Tensor | None:
     return t if t is None else t.to(torch.float32)
 
@@ -221,14 +262,6 @@ def add_norm_bwd(
             dx_bias.copy_(dz.reshape(-1, dz.shape[-1]).sum(0, dtype=torch.float32))
 
 
-def _inside(ids: Tensor | None, table: Tensor | None) -> bool:
-    """Whether every id names a row, of which PyTorch's kernels are sure."""
-    if ids is None or not ids.numel():
-        return True
-    low, high = ids.aminmax()
-    return bool(low >= 0) and bool(high < table.shape[0])
-
-
 def _known(ids, start, token, position, segment) -> bool:
     input_ids, segment_ids, position_ids = ids
     if position is not None and position_ids is None:
@@ -236,7 +269,7 @@ def _known(ids, start, token, position, segment) -> bool:
         if not 0 <= start <= last:
             return False
     tables = ((input_ids, token), (segment_ids, segment), (position_ids, position))
-    return all(_inside(*pair) for pair in tables)
+    return all(ids is None or _inside(ids, table.shape[0]) for ids, table in tables)
 
 
 def _rows(table: Tensor, ids: Tensor | None, these: slice) -> Tensor:

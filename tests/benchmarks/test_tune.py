@@ -86,7 +86,7 @@ def test_classes_name_arguments():
         assert named <= set(OPS[name].at), name
 
 
-@pytest.mark.parametrize("name", sorted(set(grid.names()) - {"attention_map", "sample"}))
+@pytest.mark.parametrize("name", sorted(grid.names()))
 def test_a_class_holds_the_call_that_it_describes(name, monkeypatch):
     """What is written for a call is what the choice finds for it, and for no call twice as wide."""
     seen = set()

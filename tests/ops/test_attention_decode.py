@@ -182,7 +182,7 @@ def test_pages_are_the_same_cache(backend):
     torch.testing.assert_close(got, fasttx.attention_decode(**whole, backend=backend))
 
 
-@pytest.mark.parametrize("backend", (*BACKENDS, "torch"))
+@pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_hidden_values_reach_nothing(backend, poison):
     skip_unusable("attention_decode_fwd", backend)

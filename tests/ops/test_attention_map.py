@@ -118,7 +118,7 @@ def choices(case) -> dict[str, dict]:
 
 
 def _selected():
-    for backend in BACKENDS:
+    for backend in (*BACKENDS, "torch"):
         for case in CASES:
             for dtype in DTYPES:
                 if dtype is torch.float16 and backend != "cpu":
@@ -128,7 +128,7 @@ def _selected():
                         case.name not in QUICK or choice in ("chosen", "pooled")
                     )
                     slow |= backend == "triton" and dtype is torch.bfloat16 and choice == "all"
-                    slow |= backend == "reference" and choice != "pooled rows"
+                    slow |= backend in ("reference", "torch") and choice != "pooled rows"
                     yield parameter(backend, dtype, case, choice, slow=slow)
 
 
@@ -139,14 +139,24 @@ def test_against_fp64(name, dtype, case, choice):
         choice = "pooled"
     picked = choices(case)[choice]
     inputs = {n: t for n, t in case.inputs.items() if n != "value"} | {"lse": lse_of(case, dtype)}
+    ours = function(case, name, picked)
+    named = {"attn_mask", "table", "slopes", "softcap"} & {*inputs, *case.options}
+    if name == "torch" and (named or case.bias is not None):
+        x = {
+            n: t if n in (*case.keep, "lse") or not t.is_floating_point() else t.to(dtype)
+            for n, t in inputs.items()
+        }
+        with pytest.raises(NotImplementedError, match="torch: does not support"):
+            ours(**x)
+        return
     plain = (
         function(case, None, picked, dtype),
         function(case, None, picked, torch.float32),
         function(case, None, picked, torch.float32, early=True),
     )
     check(
-        function(case, name, picked), function(case, None, picked, torch.float64), plain, inputs,
-        dtype=dtype, keep=(*case.keep, "lse"),
+        ours, function(case, None, picked, torch.float64), plain, inputs, dtype=dtype,
+        keep=(*case.keep, "lse"),
         layouts={n: v for n, v in case.layouts.items() if n in inputs},
     )  # fmt: skip
 
@@ -251,6 +261,7 @@ def test_choices_are_parts_of_the_whole(backend):
         )
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
 def test_what_does_not_exist_is_nan(backend):
     """As in a tensor on a GPU, whose values no door reads."""
     q, k = torch.randn(1, 2, 9, 8), torch.randn(1, 2, 7, 8)
@@ -373,7 +384,7 @@ BAD = {
     "bias": (TypeError, "position_bias must be fasttx.ALiBi, .* got int", {"position_bias": 1}),
     "gradient": (ValueError, "q must not require grad, .* attention_map has no gradient", {"q": X["q"].clone().requires_grad_()}),
     "mask gradient": (ValueError, "attn_mask must not require grad", {"attn_mask": torch.zeros(6, 5, requires_grad=True)}),
-    "backend": (ValueError, "backend must be None or one of cpu, .*reference, got 'torch'", {"backend": "torch"}),
+    "backend": (ValueError, "backend must be None or one of cpu, .*torch, got 'cudnn'", {"backend": "cudnn"}),
 }  # fmt: skip
 
 

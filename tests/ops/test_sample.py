@@ -1,6 +1,7 @@
 """sample: one definition on every backend, bit for bit, and the distribution it draws from."""
 # ruff: noqa: E501 (tables, one case a line)
 
+import itertools
 import math
 
 import pytest
@@ -11,6 +12,7 @@ import fasttx
 from fasttx.ops.sample import sample, sample_fwd
 from fasttx.testing import guarded_outputs, lay_out, recorded_calls
 from tests.ops.contract import (
+    BACKENDS,
     DTYPES,
     backend_fixture,
     check_compiled,
@@ -128,11 +130,18 @@ def test_top_k_of_every_order():
             )
 
 
-def test_greedy_is_argmax(backend):
-    x = torch.randn(5, 40)
-    x[1], x[2, 9], x[2, 30], x[3, 5:] = 2.0, INF, INF, -INF
-    got = sample(x, temperature=0, top_k=3, top_p=0.1, backend=backend)
+@pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_greedy_is_argmax(backend, dtype):
+    skip_unusable("sample_fwd", backend)
+    x = torch.randn(5, 700).to(dtype)
+    x[1], x[2, 9], x[2, 300], x[3, 5:] = 2.0, INF, INF, -INF
+    with guarded_outputs():
+        got = sample(x, temperature=0, top_k=3, top_p=0.1, backend=backend)
+    assert got[1:3].tolist() == [0, 9]  # the first of equals
     assert torch.equal(got, x.argmax(-1))
+    strided = lay_out(x, "transposed")
+    assert torch.equal(sample(strided, temperature=0, backend=backend), got)
     assert sample(x[0], temperature=0.0, backend=backend).shape == ()
 
 
@@ -145,9 +154,18 @@ def test_infinities(backend):
     assert all(int(i) in (4, 6) for i in ids[3:])
 
 
+def test_draws_are_not_torch_s():
+    with pytest.raises(NotImplementedError, match="torch: does not support seed"):
+        sample(torch.randn(2, 5), seed=1, backend="torch")
+
+
+ANSWERING = [*itertools.product(BACKENDS, (1.0, 0)), ("torch", 0)]
+
+
 @pytest.mark.parametrize("row", [[NAN, 1.0, 2.0], [-INF, -INF, -INF], [INF, NAN, -INF]])
-@pytest.mark.parametrize("temperature", [1.0, 0])
+@pytest.mark.parametrize(("backend", "temperature"), ANSWERING)
 def test_rows_without_an_answer(backend, row, temperature):
+    skip_unusable("sample_fwd", backend)
     x = torch.randn(3, 3)
     x[1] = torch.tensor(row)
     with pytest.raises(
@@ -263,7 +281,7 @@ BAD = {
     "generator type": (TypeError, "generator must be None or a torch.Generator, got int", {"generator": 3}),
     "generator and seed": (ValueError, "generator must be None where seed is given, got both", {"generator": torch.Generator(), "seed": 1}),
     "seed": (ValueError, "seed must be a 64-bit int.*got 'x'", {"seed": "x"}),
-    "backend": (ValueError, "backend must be None or one of cpu, cuda, triton, reference, got 'cudnn'", {"backend": "cudnn"}),
+    "backend": (ValueError, "backend must be None or one of cpu, cuda, triton, reference, torch, got 'cudnn'", {"backend": "cudnn"}),
 }  # fmt: skip
 
 
