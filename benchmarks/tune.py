@@ -140,8 +140,8 @@ def _tell_op(console: Console, name: str, threads: int, found: Races) -> None:
     on = f" on {threads} thread{'s' * (threads > 1)}" if threads else ""
     console.print(
         f"{name}{on}: {gained} of {classes} classes go to another kernel than the first",
-        highlight=False,
-    )
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def _table(device: torch.device, threads: int) -> dict[str, Any]:
