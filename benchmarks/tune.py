@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -79,6 +80,7 @@ def execute(options: Options, console: Console) -> list[dict]:
         choice_tables.check_writable(each)
     if path:
         _kept(path, options.output is not None)
+        console.print(f"each op is written to {path} when it is finished", soft_wrap=True)
     device, before = torch.device(options.device), torch.get_num_threads()
     measured, races, name = [], [], ""
     try:
@@ -109,6 +111,10 @@ def execute(options: Options, console: Console) -> list[dict]:
         console.print(f"wrote {options.json.resolve()}", soft_wrap=True, highlight=False)
     if path and measured:
         console.print(f"wrote {path.resolve()}", soft_wrap=True, highlight=False)
+        if os.environ.get("FASTTX_TUNE") == "0":
+            console.print(
+                "FASTTX_TUNE=0 is set: no table is looked at while it is", highlight=False
+            )
     return measured
 
 
