@@ -207,15 +207,19 @@ def _norm_fwd(out, stats, z, weight, bias, eps, rms):
         row.copy_(values.flatten())
 
 
+def _over_rows(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1]).sum(0, dtype=torch.float32)
+
+
 def _norm_bwd(dweight, dbias, dout, z, stats, weight, needs) -> Tensor | None:
     """The gradient of layer_norm's z, and into their places its parameters', in float32: PyTorch's
     kernel would sum these over the rows in z's dtype. needs: which of the three."""
     shape = z.shape[-1:]
     mean, rstd = (row.view(*z.shape[:-1], 1) for row in stats)
     if needs[1]:
-        torch.sum(((z - mean) * rstd * dout).reshape(-1, *shape), 0, out=dweight)
+        dweight.copy_(_over_rows((z - mean) * rstd * dout))
     if needs[2]:
-        torch.sum(dout.reshape(-1, *shape), 0, out=dbias)
+        dbias.copy_(_over_rows(dout))
     if not needs[0]:
         return None
     only = (True, False, False)
@@ -259,7 +263,7 @@ def add_norm_bwd(
         if need & 2:
             dresidual.copy_(dz)
         if need & 16:
-            dx_bias.copy_(dz.reshape(-1, dz.shape[-1]).sum(0, dtype=torch.float32))
+            dx_bias.copy_(_over_rows(dz))
 
 
 def _known(ids, start, token, position, segment) -> bool:
