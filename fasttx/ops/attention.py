@@ -65,12 +65,10 @@ attention_fwd.backward = attention_bwd
 ORDERED = 32
 _HEADS = {"q.3": (1, 256), "v.3": (0, 256)}
 _HALF = (torch.bfloat16, torch.float16)
-_ABSENT = ("mask", "slopes", "table", "cu_q", "seed", "softcap")
+_ABSENT = ("slopes", "table", "cu_q", "seed", "softcap")
 for _op in (attention_fwd, attention_bwd):
     _triton = f"fasttx.kernels.attention:{_op.name}"
-    _own = Needs(
-        sizes=_HEADS, by_name=True, absent=("dlse", *_ABSENT) if _op is attention_bwd else _ABSENT
-    )
+    _own = Needs(by_name=True, absent=("dlse", *_ABSENT) if _op is attention_bwd else _ABSENT)
     _reference = Kernel("reference", f"fasttx.reference.attention:{_op.name}", Needs(dtypes=None))
     _op.kernels(
         cpu=[
@@ -161,8 +159,8 @@ def attention(
         return_lse: also return the log-sum-exp of the logits, float32 [..., H, S], differentiable.
         seed: the key of the dropout bits, an int or an int64 tensor of one element; None draws it
             from torch's generator.
-        backend: None chooses; "cpu", "cuda", "triton", "reference" or "torch" runs that or raises
-            with every kernel's reason.
+        backend: None chooses; "cpu", "cuda", "triton", "torch" (PyTorch's own, where it means the
+            same) or "reference" runs that or raises with every kernel's reason.
 
     Returns:
         out [..., H, S, Dv] in query's dtype, or (out, lse). A row with no visible key gives 0 with
@@ -194,8 +192,10 @@ def attention(
 def _torch(
     tensors: tuple, rest: tuple, scalars: tuple, leading: tuple | None, return_lse: bool
 ) -> Tensor:
-    """PyTorch's own attention, with its own autograd, where it means the same."""
+    """PyTorch's own attention, where it means the same: a kernel of the inner op, or on a GPU and
+    in float64 with its own autograd."""
     q, k, v, mask, table = tensors
+    inner = q.device.type == "cpu" and q.dtype is not torch.float64
     slopes, _, _, cu_q, _, _ = rest
     scale, softcap, dropout_p, left, right, lower_right, _ = scalars
     causal = right == 0 and left < 0 and (not lower_right or q.shape[2] == k.shape[2])
@@ -206,7 +206,7 @@ def _torch(
             ("cu_seqlens", cu_q is not None),
             ("softcap", softcap > 0),
             ("window or lower_right", not causal and (left >= 0 or right >= 0)),
-            ("attn_mask with is_causal", mask is not None and causal),
+            ("attn_mask with is_causal", mask is not None and causal and not inner),
             ("dropout_p (its bits are torch's own)", dropout_p > 0),
             ("return_lse", return_lse),
         )
@@ -216,8 +216,10 @@ def _torch(
         raise NotImplementedError(
             f"fasttx.attention: backend='torch' does not support {', '.join(refusals)}"
         )
-    gqa = q.shape[1] != k.shape[1]
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=gqa
-    )
+    if inner:
+        out = _attention(tensors, rest, scalars, "torch", (1,))[0]
+    else:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
     return out if leading is None else out.reshape(leading + out.shape[-2:])

@@ -46,16 +46,43 @@ def softmax_bwd(dx, dmask, dout, out, x, mask, scale, causal, lower_right, log, 
                 dx.mul_(scale)
 
 
-def _plain(q, k, v, left, right, lower_right) -> bool | None:
+def _plain(q, k, v, mask, left, right, lower_right) -> bool | None:
     """is_causal of PyTorch's kernel; None where it cannot do the call, or would let through what
-    the band hides."""
+    the band or the mask hides."""
     if left >= 0 or right > 0 or q.shape[3] != v.shape[3] or not (q.numel() and k.numel()):
         return None
-    if right < 0:
-        return False
-    if lower_right and q.shape[2] != k.shape[2]:
+    if k.shape[2] == 1:  # the gradients of its logits are 0 but for what rounding leaves
         return None
-    return True if all(bool(t.isfinite().all()) for t in (q, k, v)) else None
+    causal = right == 0
+    if causal and lower_right and q.shape[2] != k.shape[2]:
+        return None
+    if not causal and mask is None:
+        return False
+    if mask is not None and mask.dtype is not torch.bool and not (mask < torch.inf).all():
+        return None
+    return causal if all(bool(t.isfinite().all()) for t in (q, k, v)) else None
+
+
+def _additive(mask: Tensor | None, q: Tensor, T: int) -> Tensor | None:
+    """A mask as PyTorch's kernel reads it: floating, one number a key."""
+    if mask is None:
+        return None
+    if mask.dtype is torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    mask = mask if mask.dtype is q.dtype else mask.to(torch.float32)
+    if mask.shape[-1] != T or mask.stride(-1) != 1:
+        mask = mask.expand(*mask.shape[:-1], T).contiguous()
+    return mask
+
+
+def _empty(mask: Tensor, S: int, causal: bool) -> Tensor:
+    """bool [B|1, H|1, S|1, 1]: the rows without a visible key."""
+    seen = mask if mask.dtype is torch.bool else mask != -torch.inf
+    some = seen.any(-1, keepdim=True)
+    if causal:
+        first = seen.to(torch.uint8).argmax(-1, keepdim=True)
+        some = some & (first <= torch.arange(S, device=mask.device)[:, None])
+    return ~some
 
 
 def _grouped(q, t):
@@ -63,30 +90,50 @@ def _grouped(q, t):
     return t if t.shape[1] == q.shape[1] else t.repeat_interleave(q.shape[1] // t.shape[1], 1)
 
 
-def attention_fwd(out, lse, q, k, v, *rest):
-    scale, (left, right, lower_right) = rest[8], rest[11:14]
+def _operands(q, k, v):
+    """As PyTorch's kernel, which looks at no stride of a last dimension, must get them."""
+    return tuple(
+        t if t.stride(3) == 1 else t.contiguous() for t in (q, _grouped(q, k), _grouped(q, v))
+    )
+
+
+def attention_fwd(out, lse, q, k, v, mask, *rest):
+    scale, (left, right, lower_right) = rest[7], rest[10:13]
     with plain(q):
-        causal = _plain(q, k, v, left, right, lower_right)
+        causal = _plain(q, k, v, mask, left, right, lower_right)
         if causal is None:
-            return reference.attention_fwd(out, lse, q, k, v, *rest)
+            return reference.attention_fwd(out, lse, q, k, v, mask, *rest)
         found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, _grouped(q, k), _grouped(q, v), 0.0, causal, scale=scale
+            *_operands(q, k, v), 0.0, causal, attn_mask=_additive(mask, q, k.shape[2]), scale=scale
         )
         out.copy_(found[0])
         lse.copy_(found[1])
+        if mask is not None:
+            empty = _empty(mask, q.shape[2], causal)
+            out.masked_fill_(empty, 0)
+            lse.masked_fill_(empty[..., 0], -torch.inf)
 
 
-def attention_bwd(dq, dk, dv, dmask, dtable, dout, dlse, q, k, v, out, lse, *rest):
-    scale, (left, right, lower_right), need = rest[8], rest[11:14], rest[-1]
+def attention_bwd(dq, dk, dv, dmask, dtable, dout, dlse, q, k, v, out, lse, mask, *rest):
+    scale, (left, right, lower_right), need = rest[7], rest[10:13], rest[-1]
     with plain(q):
-        causal = _plain(q, k, v, left, right, lower_right)
-        if causal is None or (causal and not dout.isfinite().all()):
+        causal = _plain(q, k, v, mask, left, right, lower_right)
+        hides = causal or mask is not None
+        if need & 8:  # of which PyTorch has no gradient: from an out that was rounded once
+            causal, out, lse = None, torch.empty_like(out), torch.empty_like(lse)
+            reference.attention_fwd(out, lse, q, k, v, mask, *rest[:-1])
+        # Of a row of finite minima lse has lost the digits that its probabilities need.
+        far = mask is not None and bool(((lse < -65536) & lse.isfinite()).any())
+        if causal is None or far or (hides and not dout.isfinite().all()):
             return reference.attention_bwd(
-                dq, dk, dv, dmask, dtable, dout, dlse, q, k, v, out, lse, *rest
+                dq, dk, dv, dmask, dtable, dout, dlse, q, k, v, out, lse, mask, *rest
             )
+        if mask is not None:  # PyTorch's own of a row without a key, where all is 0
+            lse = lse.masked_fill(lse == -torch.inf, 0)
         found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, _grouped(q, k), _grouped(q, v), out, lse, 0.0, causal, scale=scale
-        )
+            dout if dout.stride(3) == 1 else dout.contiguous(), *_operands(q, k, v), out, lse, 0.0,
+            causal, attn_mask=_additive(mask, q, k.shape[2]), scale=scale,
+        )  # fmt: skip
         for bit, (grad, new) in enumerate(zip((dq, dk, dv), found, strict=True)):
             if need >> bit & 1:
                 if new.shape != grad.shape:

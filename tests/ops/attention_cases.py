@@ -33,9 +33,11 @@ class Case:
         composed = self.function("reference", compute=dtype)
         return (composed, self.function("reference")) if dtype is torch.float32 else (composed,)
 
-    def function(self, backend: str, compute: torch.dtype | None = None) -> Callable:
-        """attention as a function of the named inputs; `compute` runs plain PyTorch in that dtype
-        instead."""
+    def function(
+        self, backend: str, compute: torch.dtype | None = None, lse: bool = True
+    ) -> Callable:
+        """attention as a function of the named inputs, (out, lse) or out; `compute` runs plain
+        PyTorch in that dtype instead."""
 
         def call(**inputs):
             extra = {n: inputs.pop(n) for n in ("table", "slopes", "positions") if n in inputs}
@@ -43,8 +45,9 @@ class Case:
             if self.bias is not None:
                 options["position_bias"] = self.bias(**extra)
             if compute is None:
-                return fasttx.attention(**inputs, **options, return_lse=True, backend=backend)
-            return _plain(inputs, options, compute)
+                return fasttx.attention(**inputs, **options, return_lse=lse, backend=backend)
+            found = _plain(inputs, options, compute)
+            return found if lse else found[0]
 
         return call
 

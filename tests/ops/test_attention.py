@@ -41,6 +41,35 @@ def test_against_fp64(name: str, dtype: torch.dtype, case: Case):
     )
 
 
+def _refused(case: Case) -> bool:
+    """What PyTorch's own kernel for the CPU cannot say."""
+    o = case.options
+    mine = {"softcap", "dropout_p", "cu_seqlens", "window"} & {*o}
+    q, k = case.inputs["query"], case.inputs["key"]
+    shifted = o.get("is_causal") == "lower_right" and q.shape[-2] != k.shape[-2]
+    return bool(mine) or case.bias is not None or shifted
+
+
+@pytest.mark.parametrize(("name", "dtype", "case"), list(every_case(cases(), backends=("torch",))))
+def test_torch_against_fp64(name: str, dtype: torch.dtype, case: Case):
+    if _refused(case):
+        inputs = {
+            n: t if n in case.keep or not t.is_floating_point() else t.to(dtype)
+            for n, t in case.inputs.items()
+        }
+        with pytest.raises(NotImplementedError, match="backend='torch' does not support"):
+            case.function(name, lse=False)(**inputs)
+        return
+    gold = case.function("reference", lse=False)
+    # Without an lse gradients may be 0 but for the rounding of delta: see Case.plain.
+    plain = (case.function("reference", dtype, lse=False), gold)
+    layouts = {n: v for n, v in case.layouts.items() if n != "dlse"}
+    check(
+        case.function(name, lse=False), gold, plain, case.inputs, dtype=dtype, wanted=case.wanted,
+        keep=case.keep, layouts=layouts,
+    )  # fmt: skip
+
+
 def test_reference_is_sdpa():
     """The authority itself, against PyTorch's math in fp64."""
     for causal in (False, True):
@@ -92,8 +121,10 @@ def test_sdpa_in_its_place(backend):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
 @pytest.mark.parametrize("where", ["key", "value", "both"])
 def test_hidden_values_reach_nothing(backend, where):
+    skip_unusable("attention_fwd", backend)
     q, k, v = (t.float() for t in qkv(S=20, T=20).values())
     visible = torch.arange(20) < 13
     options = {"attn_mask": visible[None, None, None].expand(2, 1, 1, 20), "backend": backend}
@@ -148,7 +179,9 @@ def test_visible_nan_shows(backend, which):
         assert out.isnan().sum() == 9
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
 def test_nan_in_a_mask_shows_unless_hidden(backend):
+    skip_unusable("attention_fwd", backend)
     q, k, v = (t.float() for t in qkv(S=9, T=9).values())
     mask = torch.zeros(9, 9)
     mask[3, 2] = torch.nan

@@ -71,15 +71,23 @@ def test_softmax_shapes(shape):
     )
 
 
-def attention_args(dtype, heads=(4, 4), sizes=(5, 9), causal=False, left=-1, lower_right=False):
+def attention_args(
+    dtype, heads=(4, 4), sizes=(5, 9), causal=False, left=-1, lower_right=False, mask=None
+):
     (H, G), (S, T) = heads, sizes
     q, k, v = (torch.randn(2, h, n, 8).to(dtype) for h, n in ((H, S), (G, T), (G, T)))
-    absent = (None,) * 8
-    return q, k, v, *absent, 0.3, 0.0, 0.0, left, 0 if causal else -1, lower_right, 0
+    absent = (None,) * 7
+    return q, k, v, mask, *absent, 0.3, 0.0, 0.0, left, 0 if causal else -1, lower_right, 0
 
 
+# The second sequence has no key, of the first's rows the first one has none under a band.
+PADDING = torch.tensor([[0, 1, 1, 1, 1, 0, 1, 0, 0], [0] * 9])[:, None, None] == 1
 CALLS = {
     "plain": {},
+    "mask": {"mask": PADDING},
+    "mask, causal": {"mask": PADDING, "causal": True},
+    "added mask of every row": {"mask": torch.randn(1, 4, 5, 9).masked_fill(PADDING[:1], -INF)},
+    "mask of queries": {"mask": PADDING[:, :, 0, :5, None]},
     "groups": {"heads": (6, 2)},
     "causal": {"causal": True},
     "causal, fewer keys": {"causal": True, "sizes": (9, 5)},
@@ -122,7 +130,6 @@ def test_what_the_band_hides_reaches_nothing(bad, which):
 @pytest.mark.parametrize(
     "refused",
     [
-        {"attn_mask": torch.ones(5, 9, dtype=torch.bool)},
         {"dropout_p": 0.5, "seed": 1},
         {"softcap": 5.0},
         {"position_bias": fasttx.ALiBi(torch.ones(4))},
