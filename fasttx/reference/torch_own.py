@@ -24,7 +24,10 @@ def softmax_fwd(out, x, mask, scale, causal, lower_right, log, wide):
         if z.data_ptr() == out.data_ptr():
             z = x.clone()
         own = torch.ops.aten._log_softmax if log else torch.ops.aten._softmax
-        own.out(z, -1, False, out=out)
+        if out.is_contiguous():
+            own.out(z, -1, False, out=out)
+        else:  # which PyTorch's kernel takes every out for
+            out.copy_(own(z, -1, False))
         # PyTorch's NaN for a row of -inf is 0 here.
         if out[..., :1].isnan().any():
             nothing = (z == -torch.inf).all(-1, keepdim=True)
@@ -38,10 +41,12 @@ def softmax_bwd(dx, dmask, dout, out, x, mask, scale, causal, lower_right, log, 
             args = (dout, out, x, mask, scale, causal, lower_right, log, need)
             return softmax_reference.softmax_bwd(dx, dmask, *args)
         if need & 1:
-            if log:
-                torch.ops.aten._log_softmax_backward_data.out(dout, out, -1, x.dtype, out=dx)
+            aten = torch.ops.aten
+            own = aten._log_softmax_backward_data if log else aten._softmax_backward_data
+            if dx.is_contiguous():
+                own.out(dout, out, -1, x.dtype, **{"out" if log else "grad_input": dx})
             else:
-                torch.ops.aten._softmax_backward_data.out(dout, out, -1, x.dtype, grad_input=dx)
+                dx.copy_(own(dout, out, -1, x.dtype))
             if scale != 1:
                 dx.mul_(scale)
 
