@@ -27,7 +27,7 @@ from ..contest import Bench as Contest
 from ..contest import Case, Contender, Group, timed
 from ..gate import Error, Verdict, judge
 from ..ops.attention_case import DTYPES
-from ..providers import Skip
+from ..providers import Skip, theirs
 from ..rows import Run
 
 BASE = "sdpa"
@@ -153,22 +153,43 @@ def folder(path: str) -> Source:
     def make(dtype: torch.dtype) -> torch.nn.Module:
         return head.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
 
-    size = _fitting(head, path)
+    size, room = _fitting(head, path)
     batches = {"forward": (size,), "step": (size,)}
-    if kind in ("causal", "seq2seq"):
-        batches["generate"] = ((1, 64),)
+    if kind in ("causal", "seq2seq") and room > NEW_TOKENS:
+        batches["generate"] = ((1, min(64, room - NEW_TOKENS)),)
     return Source(Path(path).name, f"{Path(path).name} ({name})", kind, make, batches)
 
 
-def _fitting(head, path: str) -> tuple[int, int]:
+def check(path: str) -> None:
+    """NotAModel says why a folder cannot be measured: it is loaded, and asked once."""
+    try:
+        source = folder(path)
+        model = source.make(torch.float32)
+        size = 1, source.batches["forward"][0][1]
+        batch = make_batch(model.config, source.kind, size, next(model.parameters()).device)
+        answers(model, batch, "forward")
+    except (ImportError, NotAModel):
+        raise
+    except Exception as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise NotAModel(f"{path} cannot be measured: {why}") from error
+
+
+def _fitting(head, path: str) -> tuple[tuple[int, int], int]:
     """(rows, length) whose forward is about that of 256 tokens of a base-size model: a folder is
-    measured in two minutes."""
+    measured in two minutes. And the positions that the model has."""
     transformers = importlib.import_module("transformers")
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    text = config.get_text_config()
+    if getattr(text, "vocab_size", None) is None:
+        raise NotAModel(f"{path} cannot be measured: {head.__name__} takes no token ids")
     with torch.device("meta"):
         parameters = sum(p.numel() for p in head(config).parameters())
-    length = _SHORT[1]
-    return max(1, min(_SHORT[0], FOLDER_FLOPS // (2 * parameters * length))), length
+    # RoBERTa's and BART's first positions are not for tokens.
+    room = (getattr(text, "max_position_embeddings", None) or 1 << 20) - 2
+    length = max(1, min(_SHORT[1], room))
+    rows = max(1, min(_SHORT[0], FOLDER_FLOPS // (2 * parameters * length)))
+    return (rows, length), room
 
 
 def cases(name: str, options) -> Iterator[Case]:
@@ -216,7 +237,7 @@ class Bench(Contest):
             except ValueError as error:
                 run.skip(f"fasttx.models for {source.name}", str(error))
         if "torch_compile" in beside:
-            self.models["torch_compile"] = torch.compile(copy.deepcopy(self.models["sdpa"]))
+            self.models["torch_compile"] = compiled(copy.deepcopy(self.models["sdpa"]))
         self._judged: dict[tuple, tuple] = {}
 
     def _unpadded(self) -> dict[str, torch.nn.Module]:
@@ -259,13 +280,14 @@ class Bench(Contest):
 
     def _peers(self, batch, plain: Verdict, threads: int) -> dict[str, Contender]:
         """The forward of other runtimes, and what it is worth."""
-        given, visible = _given(self.models["sdpa"], batch), batch["attention_mask"].bool()
-        exact, found = answers(self.exact, batch, "forward")["out"], {}
+        given, found = _given(self.models["sdpa"], batch), {}
+        exact = answers(self.exact, batch, "forward")["out"]
         for name, peer in self.peers.items():
             try:
                 start = time.perf_counter()
-                run = peer.model_forward(self.models["sdpa"], given, threads)
-                error = Error.between(run()[visible], exact)
+                with theirs():
+                    run = peer.model_forward(self.models["sdpa"], given, threads)
+                    error = Error.between(_visible(run(), batch), exact)
             except Skip as why:
                 self.run.skip(f"{peer.LABEL}: {self.source.name} {self.dtype}", str(why))
                 continue
@@ -347,7 +369,14 @@ def made_ready(model: torch.nn.Module, provider: str):
         return as_fasttx(model)
     if provider.startswith("fasttx") and (why := patch(model, provider == "fasttx_unpad")):
         raise ValueError(why)
-    return torch.compile(model) if provider == "torch_compile" else model
+    return compiled(model) if provider == "torch_compile" else model
+
+
+def compiled(model: torch.nn.Module):
+    """By torch.compile, for each shape anew. What was compiled before is forgotten: past a number
+    of versions of one function the next ones would run uncompiled, and say nothing."""
+    torch._dynamo.reset()
+    return torch.compile(model, dynamic=False)
 
 
 def as_fasttx(model: torch.nn.Module):
@@ -355,7 +384,10 @@ def as_fasttx(model: torch.nn.Module):
     models = importlib.import_module("fasttx").models
     with tempfile.TemporaryDirectory() as home:
         model.save_pretrained(home)
-        ours = models.from_pretrained(home)
+        try:
+            ours = models.from_pretrained(home)
+        except ValueError as error:
+            raise ValueError(str(error).replace(f"{home}/", "")) from None
     return ours.to(next(model.parameters()).device)
 
 
@@ -394,13 +426,19 @@ def make_batch(config, kind: str, size: tuple[int, int], device) -> dict[str, Te
 
 def _outputs(model, batch: dict[str, Tensor]) -> Tensor:
     found = model(**batch)
-    return found.logits if "logits" in found else found.last_hidden_state
+    return next(found[n] for n in ("logits", "last_hidden_state", "start_logits") if n in found)
+
+
+def _visible(out: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """The outputs at visible positions; all of them where a row has one output."""
+    mask = batch["attention_mask"].bool()
+    return out[mask] if out.shape[: mask.ndim] == mask.shape else out
 
 
 def _loss(model, batch: dict[str, Tensor]) -> Tensor:
     if "labels" in batch:
         return model(**batch).loss
-    return _outputs(model, batch)[batch["attention_mask"].bool()].float().square().mean()
+    return _visible(_outputs(model, batch), batch).float().square().mean()
 
 
 def _gradients(model, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -423,10 +461,9 @@ def answers(model, batch: dict[str, Tensor], direction: str) -> dict[str, Tensor
     model.eval()
     if direction == "generate":
         return {"ids": call(model, batch, direction)()}
-    visible = batch["attention_mask"].bool()
     if direction == "forward":
         with torch.no_grad():
-            return {"out": _outputs(model, batch)[visible]}
+            return {"out": _visible(_outputs(model, batch), batch)}
     grads = _gradients(model, batch)
     return {"dparameters": torch.cat([g.flatten().double() for g in grads])}
 

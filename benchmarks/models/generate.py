@@ -21,7 +21,7 @@ from ..contest import Bench as Contest
 from ..contest import Case, Contender, Group, compare
 from ..gate import Error, Verdict, judge
 from ..ops.attention_case import DTYPES
-from ..providers import Skip
+from ..providers import Skip, theirs
 from ..rows import Row, Run
 from .families import as_fasttx
 
@@ -128,7 +128,10 @@ class Bench(Contest):
         plain = {"out": Error.between(own, right)}
         for name, peer in self.peers.items():
             try:
-                call, scores = peer.generation(self.theirs, self.dtype, ids, NEW_TOKENS, threads)
+                with theirs():
+                    call, scores = peer.generation(
+                        self.theirs, self.dtype, ids, NEW_TOKENS, threads
+                    )
             except Skip as why:
                 self.run.skip(f"{peer.LABEL}: {self.name} {self.dtype}", str(why))
                 continue

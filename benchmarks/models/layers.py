@@ -23,7 +23,7 @@ from ..contest import Case, Contender, Group, timed
 from ..gate import Error, judge
 from ..ops.attention_case import DTYPES
 from ..rows import Run
-from .families import FAMILIES, as_fasttx, patch
+from .families import FAMILIES, as_fasttx, compiled, patch
 
 BASE = "sdpa"
 DIRECTIONS = ("forward", "step")
@@ -152,8 +152,7 @@ class Bench(Contest):
         if "torch_compile" in (beside or {}):
             self._add("torch_compile", copy.deepcopy(model), self.about.kind)
             layer, call = self.layers["torch_compile"]
-            torch._dynamo.reset()
-            self.layers["torch_compile"] = torch.compile(layer, dynamic=False), call
+            self.layers["torch_compile"] = compiled(layer), call
         exact = copy.deepcopy(model).double()
         self._add("exact", exact, self.about.kind)
         self.exact = self.layers.pop("exact")

@@ -209,11 +209,13 @@ def measure(
     """Gates, then times the contenders. ``everything`` adds torch.compile of the eager one."""
     case, device = problem.case, problem.device
     contenders = dict(case.contenders)
-    if everything and "torch_compile" in providers and "eager" in contenders:
+    compiles = everything and "torch_compile" in providers and "eager" in contenders
+    if compiles and "torch_compile" not in contenders:
         torch._functorch.config.donated_buffer = False
+        # Past a number of versions of one function the next ones would run uncompiled.
+        torch._dynamo.reset()
         compiled = torch.compile(contenders["eager"], dynamic=False)
-        contenders.setdefault("torch_compile", compiled)
-        problem.case.contenders["torch_compile"] = compiled
+        contenders["torch_compile"] = problem.case.contenders["torch_compile"] = compiled
         problem.case.checks.setdefault("torch_compile", case.checks.get("eager", compiled))
     for name, provider in providers.items():
         if name not in contenders and (function := _op_of(provider, case)) is not None:

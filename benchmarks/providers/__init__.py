@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 ORDER = ("fasttx", "sdpa", "eager", "torch_compile")
@@ -22,6 +24,18 @@ ORDER = ("fasttx", "sdpa", "eager", "torch_compile")
 
 class Skip(Exception):
     """This provider does not do this case; the message says why."""
+
+
+@contextmanager
+def theirs() -> Iterator[None]:
+    """Around another library's code: whatever it fails with, it sits the case out in its words."""
+    try:
+        yield
+    except Skip:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise Skip(f"{type(error).__name__}: {first}") from error
 
 
 def find() -> dict[str, ModuleType]:

@@ -80,3 +80,17 @@ def test_what_cannot_be_checked_has_no_ratio_and_what_is_unsupported_is_left_out
     rows, run = _measure(_work(refuse), "forward")
     assert "fasttx" not in rows
     assert run.skipped[0]["why"] == "pair: cpu: needs fp32"
+
+
+def test_a_case_is_compiled_once_and_what_was_compiled_before_forgotten(monkeypatch):
+    """Else the cases after the eighth of one function would run uncompiled."""
+    told = []
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: told.append("made") or function)
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: told.append("reset"))
+    work = _work(_right)
+    problem, run = generic.Problem(work, torch.device("cpu")), Run("test", "now", {})
+    providers = PROVIDERS | {"torch_compile": SimpleNamespace(LABEL="compiled", COMPILES=True)}
+    for direction in ("forward", "step"):
+        rows = generic.measure(problem, direction, providers, 1, 0.0, run, everything=True)
+        assert "torch_compile" in {row.provider for row in rows}
+    assert told == ["reset", "made"]

@@ -74,6 +74,25 @@ def test_training_steps_are_measured_and_checked(monkeypatch, name, dtype):
         assert row.ratio > 0 and row.tokens_per_s > 0 and row.flops > 0
 
 
+def test_torch_compile_meets_its_model_under_no_mode(monkeypatch):
+    """Under a dispatch mode, as FLOPs are counted, it would give up compiling and say nothing."""
+    _small(monkeypatch, "toy-t5")
+    modes = []
+
+    def compiled(model, dynamic):
+        model.register_forward_pre_hook(
+            lambda *_: modes.append(torch._C._len_torch_dispatch_stack())
+        )
+        return model
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    run = Run("test", "now", {})
+    bench = train.Bench("toy-t5", "fp32", CPU, run, beside={"torch_compile": None})
+    _, contenders = bench.contest(1, size=bench.job.sizes[0])
+    assert contenders["torch_compile"].verdict.ok and contenders["torch_compile"].prepared_s > 0
+    assert modes == [0]
+
+
 def test_wrong_gradients_are_seen(monkeypatch):
     _small(monkeypatch, "toy-gpt2")
     bench = train.Bench("toy-gpt2", "fp32", CPU, Run("test", "now", {}))

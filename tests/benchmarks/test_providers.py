@@ -96,25 +96,71 @@ def test_onnxruntime(monkeypatch):
             assert "float32" in run.skipped[-1]["why"]
 
 
-@pytest.mark.slow
-def test_torchao_tells_its_error():
+@pytest.fixture
+def small():
+    """A BERT of a width as a source: small(width)."""
     transformers = pytest.importorskip("transformers")
-    provider = EVERY["torchao_int8"]
+
+    def source(width):
+        config = transformers.BertConfig(
+            vocab_size=90, num_hidden_layers=1, hidden_size=width, num_attention_heads=2,
+            intermediate_size=width,
+        )  # fmt: skip
+
+        def make(dtype):
+            torch.manual_seed(0)
+            return transformers.BertForMaskedLM(config).to(dtype).eval()
+
+        return families.Source("tiny", "tiny", "masked", make, {"forward": ((2, 12),)})
+
+    return source
+
+
+def _beside(source, dtype, **peers):
+    run = Run("test", "now", {})
+    bench = families.Bench(source, dtype, CPU, run, beside=peers)
+    rows = bench.measure(1, 0.0, direction="forward", size=(2, 12))
+    return {row.provider: row for row in rows}, run.skipped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "dtype", "most"),
+    [
+        ("torchao_int8", "fp32", 0.1),
+        ("torchao_int8_weights", "fp32", 0.1),
+        ("torchao_int4_weights", "bf16", 0.5),
+    ],
+)
+def test_torchao_tells_its_error(name, dtype, most, small):
+    provider = EVERY[name]
     if why := provider.reason():
         pytest.skip(why)
-    config = transformers.BertConfig(
-        vocab_size=90, num_hidden_layers=1, hidden_size=64, num_attention_heads=2,
-        intermediate_size=128,
-    )  # fmt: skip
+    before = torch._inductor.config.coordinate_descent_tuning
+    rows, skipped = _beside(small(128), dtype, **{name: provider})
+    assert not skipped
+    row = rows[name]
+    assert row.ok is False and row.ratio is None and 1e-5 < row.error < most
+    assert "relative RMS error" in row.why
+    assert torch._inductor.config.coordinate_descent_tuning == before
 
-    def make(dtype):
-        torch.manual_seed(0)
-        return transformers.BertForMaskedLM(config).to(dtype).eval()
 
-    source = families.Source("tiny", "tiny", "masked", make, {"forward": ((2, 12),)})
-    run = Run("test", "now", {})
-    bench = families.Bench(source, "fp32", CPU, run, beside={"torchao_int8": provider})
-    row = {r.provider: r for r in bench.measure(1, 0.0, direction="forward", size=(2, 12))}[
-        "torchao_int8"
-    ]
-    assert row.ok is False and row.ratio is None and 1e-5 < row.error < 0.1
+@pytest.mark.slow
+def test_what_torchao_cannot_quantize_is_left_out(small):
+    provider = EVERY["torchao_int4_weights"]
+    if why := provider.reason():
+        pytest.skip(why)
+    for width, dtype, words in ((64, "bf16", "none of these shapes"), (128, "fp32", "bfloat16")):
+        rows, (left_out,) = _beside(small(width), dtype, torchao_int4_weights=provider)
+        assert "torchao_int4_weights" not in rows
+        assert words in left_out["why"]
+
+
+def test_a_peer_that_fails_is_left_out_in_its_words(small):
+    def broken(model, batch, threads):
+        raise ImportError("Requires mslk >= 1.0.0\nand more")
+
+    peer = SimpleNamespace(NAME="peer", LABEL="peer", model_forward=broken)
+    rows, skipped = _beside(small(32), "fp32", peer=peer)
+    assert {"fasttx", "sdpa"} <= set(rows) and "peer" not in rows
+    assert skipped == [{"what": "peer: tiny fp32", "why": "ImportError: Requires mslk >= 1.0.0"}]
