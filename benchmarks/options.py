@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from . import ops, providers
-from .models.families import FAMILIES
+from .models.families import FAMILIES, NotAModel, check
 from .models.generate import MODELS as GENERATED
 from .models.layers import LAYERS
 from .models.train import NAMES as TRAINED
@@ -118,6 +118,8 @@ def targets(words: list[str]) -> dict[str, tuple[str, ...]]:
                 found[kind] = list(KINDS[kind])
             continue
         if kind in (None, "model") and (os.sep in word or Path(word).is_dir()):
+            if not word or not Path(word).is_dir():
+                raise UsageError(f"model folder {word!r}: there is no such folder")
             if not Path(word, "config.json").is_file():
                 raise UsageError(f"model folder {word!r} has no config.json")
             found["model"].append(word)
@@ -129,34 +131,48 @@ def targets(words: list[str]) -> dict[str, tuple[str, ...]]:
     return {FIELDS[kind]: tuple(dict.fromkeys(names)) for kind, names in found.items()}
 
 
+def check_folders(models: tuple[str, ...]) -> None:
+    """Loads a user's own models and asks them once: then what follows will run."""
+    for name in models:
+        if name in MODELS:
+            continue
+        try:
+            check(name)
+        except NotAModel as why:
+            raise UsageError(f"model folder {why}") from None
+        except ImportError as why:
+            raise UsageError(f"model folder {name}: {why}") from None
+
+
+def place(what: str, given: Path | None, folder: bool = False) -> Path | None:
+    """A path that can be written to: of a file, or of a folder."""
+    if given is not None and given.exists() and given.is_dir() != folder:
+        raise UsageError(f"{what} {str(given)!r} is a {'file' if folder else 'folder'}")
+    return given
+
+
 def _known(kind: str | None) -> str:
     kinds = [kind] if kind else list(KINDS)
-    return "; ".join(f"{k}s: {', '.join(KINDS[k])}" for k in kinds)
+    return "; ".join(f"{k}: {', '.join(KINDS[k])}" for k in kinds)
 
 
-def sizes(what: str, given: str | None) -> tuple[int, ...]:
-    """Positive sizes, comma-separated, each at most 131072."""
+def sizes(what: str, given: str | None, most: int = MAX_SIZE, of: str = "") -> tuple[int, ...]:
+    """Positive sizes, comma-separated, each at most `most`; of: what those are."""
     found = []
     for part in split(given):
         try:
             size = int(part)
         except ValueError:
             size = 0
-        if not 1 <= size <= MAX_SIZE:
-            raise UsageError(f"{what} must be whole numbers from 1 to {MAX_SIZE}, got {part!r}")
+        if not 1 <= size <= most:
+            raise UsageError(f"{what} must be whole numbers from 1 to {most}{of}, got {part!r}")
         found.append(size)
     return tuple(dict.fromkeys(found))
 
 
 def thread_counts(given: str | None) -> tuple[int, ...]:
     cores = len(os.sched_getaffinity(0))
-    counts = sizes("--threads", given) or (1,)
-    for count in counts:
-        if count > cores:
-            raise UsageError(
-                f"--threads must be at most the {cores} cores usable here, got {count}"
-            )
-    return counts
+    return sizes("--threads", given, cores, ", the cores usable here") or (1,)
 
 
 def device(given: str | None) -> str:

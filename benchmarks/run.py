@@ -48,9 +48,7 @@ def bench(
     stage: Annotated[str | None, typer.Option(help="Part of --musts: ratios, errors, ...")] = None,
     memory: Annotated[bool, typer.Option("--memory", help="Peak memory, fresh processes.")] = False,
     cold: Annotated[bool, typer.Option("--cold", help="Cold start, fresh processes.")] = False,
-    base: Annotated[
-        str | None, typer.Option(help="Compare with another commit of fasttx.")
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="Compare with another commit of fasttx.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Also write the CSV there.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the JSON there.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the report; reports/<time>.")] = None,
@@ -87,13 +85,14 @@ def bench(
             memory=memory or chosen == "full",
             cold=cold or chosen == "full",
             stages=asked.choose("stage", stage, asked.STAGES),
-            csv=csv,
-            json=json,
-            out=out,
+            csv=asked.place("--csv", csv),
+            json=asked.place("--json", json),
+            out=asked.place("--out", out, folder=True),
             command=shlex.join(["fasttx", "bench", *_arguments()]),
         )
         if base is not None and (walk or options.suite == "musts"):
             raise asked.UsageError("--base compares --quick or --full, no goals and no grid")
+        asked.check_folders(options.models)
         if walk:
             return never_slower.execute(options, Console(), tuple(targets[1:]))
         if base is not None:

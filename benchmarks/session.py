@@ -48,9 +48,20 @@ class Session:
             why = provider.reason()
             if why is None:
                 usable[name] = provider
-            else:
+            elif self._concerns(provider):
                 self.run.skip(provider.LABEL, why)
         return usable
+
+    def _concerns(self, provider) -> bool:
+        """Whether a provider would have had a part in this run."""
+        options = self.options
+        asked = {
+            "attention": "attention" in options.ops,
+            "op": options.ops and options.ops != ("attention",),
+            "model_forward": options.models and options.suite == "full",
+            "generation": options.generation,
+        }
+        return any(on and hasattr(provider, does) for does, on in asked.items())
 
     def cases(self, module: ModuleType) -> list:
         try:

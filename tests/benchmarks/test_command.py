@@ -21,7 +21,7 @@ from fasttx.benchmarks.ops.attention_case import Case
         (["attention", "--seqlen", "0"], "got '0'"),
         (["attention", "--seqlen", "99999999"], "from 1 to 131072"),
         (["attention", "--head-dim", "0"], "--head-dim"),
-        (["attention", "--threads", "4096"], "--threads must be at most"),
+        (["attention", "--threads", "4096"], "--threads must be whole numbers from 1 to"),
         (["attention", "--provider", "magic"], "unknown provider 'magic'"),
         (["attention", "--backend", "magic"], "unknown backend 'magic'"),
         (["attention", "--direction", "sideways"], "unknown direction 'sideways'"),
@@ -30,6 +30,9 @@ from fasttx.benchmarks.ops.attention_case import Case
         (["attention", "--quick", "--full"], "choose one suite"),
         (["attention", "--budget", "-1"], "--budget"),
         (["attention", "--no-such-option"], "--no-such-option"),
+        (["attention", "--threads", "0"], "the cores usable here, got '0'"),
+        (["attention", "--out", __file__], "is a file"),
+        (["attention", "--csv", "."], "--csv '.' is a folder"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(arguments, expected, capsys):
