@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .choice import chosen
-from .op import captured
+from .op import Op, captured
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,7 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
         captured.reset(token)
     rows, measured = [], {}
     for op, call, backend in calls:
-        named = dict(zip(op.at, call, strict=False))
-        paired = (
-            []
-            if op.backward is None
-            else [(op.backward, tuple(named.get(n, call[0]) for n in op.backward.at))]
-        )
+        paired = [] if op.backward is None else [(op.backward, _backward_call(op, call))]
         for each, values in [(op, call), *paired]:
             found = False
             best = chosen(each.name, values, each.at)
@@ -80,6 +75,16 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
                     if best is not None and best.backend == kernel.backend:
                         measured[each.name] = best.of
     return Explanation(tuple(rows), measured)
+
+
+def _backward_call(op: Op, call: tuple) -> tuple:
+    """The arguments of the backward of a call; of what the forward has not, upstream gradients and
+    residuals, what may be absent is, and the rest is like its first tensor."""
+    named = dict(zip(op.at, call, strict=False))
+    return tuple(
+        named.get(a.name, None if isinstance(a.type, torch.OptionalType) else call[0])
+        for a in op.backward.overload._schema.arguments
+    )
 
 
 GPU_RUNS = Path(__file__).with_name("gpu_runs.json")

@@ -226,11 +226,14 @@ def leaf(*shape):
 
 
 ANGLES = torch.rand(6, 8)
+PADDING = torch.arange(6) < 4
 # op: (the argument whose dtype the entry names, what its door takes, the call).
 TRAINED = {
     "add_norm": ("x", (leaf(6, 8), leaf(6, 8), leaf(8)), lambda x, r, w, **o: fasttx.add_norm(x, r, weight=w, **o)),
     "embed": ("token_weight", (leaf(9, 8), leaf(7, 8), leaf(8)), lambda t, p, w, **o: fasttx.embed(torch.arange(6)[None], t, p, norm_weight=w, **o)),
     "cross_entropy": ("logits", (leaf(6, 8),), lambda x, **o: fasttx.cross_entropy(x, torch.arange(6), **o)),
+    "softmax": ("x", (leaf(4, 5),), lambda x, **o: fasttx.softmax(x, **o)),
+    "attention": ("q", 3 * (leaf(1, 2, 6, 8),), lambda q, k, v, **o: fasttx.attention(q, k, v, PADDING, is_causal=True, **o)),
     "rope": ("q", (leaf(1, 2, 6, 8), leaf(1, 2, 6, 8)), lambda q, k, **o: torch.cat(fasttx.rope(q, k, ANGLES.cos(), ANGLES.sin(), **o))),
     "linear_cross_entropy": ("x", (leaf(6, 8), leaf(9, 8)), lambda x, w, **o: fasttx.linear_cross_entropy(x, w, torch.arange(6), reduction="none", **o)),
 }  # fmt: skip
