@@ -169,6 +169,15 @@ def _amd_resources(compiled) -> dict:
     }
 
 
+def compiled_row(call, arch: str) -> dict:
+    """A call compiled for a target of TARGETS: kernel, registers, spills, shared memory and its
+    limit, instructions of the matrix units."""
+    compiled = compile_call(call, TARGETS[arch])
+    resources = _nvidia_resources if TARGETS[arch][0] == "cuda" else _amd_resources
+    used = {"shared": compiled.metadata.shared, "limit": SHARED_BYTES[arch]}
+    return {"kernel": call.kernel.__name__, "arch": arch, **used, **resources(compiled)}
+
+
 def check(job) -> list[dict]:
     arch, direction, config = job
     rows = []
@@ -182,20 +191,13 @@ def check(job) -> list[dict]:
         }
         began = time.perf_counter()
         try:
-            compiled = compile_call(call, TARGETS[arch])
+            row |= compiled_row(call, arch)
         except Exception as error:
             rows.append(
                 {**row, "error": f"{type(error).__name__}: {error.__cause__ or error}"[-600:]}
             )
             continue
-        resources = _nvidia_resources if TARGETS[arch][0] == "cuda" else _amd_resources
-        row.update(
-            shared=compiled.metadata.shared,
-            limit=SHARED_BYTES[arch],
-            seconds=round(time.perf_counter() - began, 2),
-            **resources(compiled),
-        )
-        rows.append(row)
+        rows.append(row | {"seconds": round(time.perf_counter() - began, 2)})
     return rows
 
 

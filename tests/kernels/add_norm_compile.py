@@ -3,11 +3,17 @@
 TRITON_INTERPRET=0 python -m tests.kernels.add_norm_compile
 """
 
-import json
-
 import torch
-from fasttx.kernels import compile_check
 from fasttx.kernels.add_norm import backward_calls, forward_calls
+
+from . import ahead
+
+CONFIGS = [
+    (torch.bfloat16, 768, False, False),
+    (torch.bfloat16, 4096, True, False),
+    (torch.float32, 4096, True, True),
+    (torch.float16, 10000, True, False),
+]
 
 
 def calls(arch, dtype, N, full, rms, M=4096):
@@ -46,24 +52,5 @@ def calls(arch, dtype, N, full, rms, M=4096):
     )
 
 
-def main() -> None:
-    configs = [
-        (torch.bfloat16, 768, False, False),
-        (torch.bfloat16, 4096, True, False),
-        (torch.float32, 4096, True, True),
-        (torch.float16, 10000, True, False),
-    ]
-    for arch, target in compile_check.TARGETS.items():
-        nvidia = target[0] == "cuda"
-        resources = compile_check._nvidia_resources if nvidia else compile_check._amd_resources
-        for config in configs:
-            for call in calls(arch, *config):
-                compiled = compile_check.compile_call(call, target)
-                row = {"kernel": call.kernel.__name__, "arch": arch, "config": str(config)}
-                row |= {"shared": compiled.metadata.shared, **resources(compiled)}
-                row["limit"] = compile_check.SHARED_BYTES[arch]
-                print(json.dumps(row), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    ahead.print_rows(calls, CONFIGS)

@@ -3,12 +3,11 @@
 TRITON_INTERPRET=0 python -m tests.kernels.attention_decode_compile
 """
 
-import json
-from concurrent.futures import ProcessPoolExecutor
-
 import torch
 from fasttx.kernels import compile_check
 from fasttx.kernels.attention_decode import append_calls, decode_calls
+
+from . import ahead
 
 CONFIGS = [
     {},
@@ -49,26 +48,5 @@ def calls(arch, dtype="bf16", B=2, H=8, G=2, S=1, T=4096, D=64, DV=None, page=0,
     )
 
 
-def rows(job) -> list[dict]:
-    arch, config = job
-    target, found = compile_check.TARGETS[arch], []
-    nvidia = target[0] == "cuda"
-    resources = compile_check._nvidia_resources if nvidia else compile_check._amd_resources
-    for call in calls(arch, **config):
-        compiled = compile_check.compile_call(call, target)
-        row = {"kernel": call.kernel.__name__, "arch": arch, "config": str(config)}
-        row |= {"shared": compiled.metadata.shared, **resources(compiled)}
-        found.append(row | {"limit": compile_check.SHARED_BYTES[arch]})
-    return found
-
-
-def main() -> None:
-    jobs = [(arch, config) for arch in compile_check.TARGETS for config in CONFIGS]
-    with ProcessPoolExecutor(2) as pool:
-        for found in pool.map(rows, jobs):
-            for row in found:
-                print(json.dumps(row), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    ahead.print_rows(calls, CONFIGS)

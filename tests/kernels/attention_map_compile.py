@@ -3,11 +3,11 @@
 TRITON_INTERPRET=0 python -m tests.kernels.attention_map_compile
 """
 
-import json
-
 import torch
 from fasttx.kernels import compile_check
 from fasttx.kernels.attention_map import map_calls
+
+from . import ahead
 
 CONFIGS = [
     ({"right": 0}, 0, False),
@@ -32,18 +32,5 @@ def calls(arch, config, pool, chosen):
     )  # fmt: skip
 
 
-def main() -> None:
-    for arch, target in compile_check.TARGETS.items():
-        nvidia = target[0] == "cuda"
-        resources = compile_check._nvidia_resources if nvidia else compile_check._amd_resources
-        for config, pool, chosen in CONFIGS:
-            for call in calls(arch, config, pool, chosen):
-                compiled = compile_check.compile_call(call, target)
-                row = {"kernel": call.kernel.__name__, "arch": arch, "config": str(config)}
-                row |= {"shared": compiled.metadata.shared, **resources(compiled)}
-                row["limit"] = compile_check.SHARED_BYTES[arch]
-                print(json.dumps(row), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    ahead.print_rows(calls, CONFIGS)

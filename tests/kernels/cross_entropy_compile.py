@@ -3,15 +3,21 @@
 TRITON_INTERPRET=0 python -m tests.kernels.cross_entropy_compile
 """
 
-import json
-
 import torch
-from fasttx.kernels import compile_check
 from fasttx.kernels.cross_entropy import backward_calls, forward_calls, rescale_calls
 from fasttx.kernels.linear_cross_entropy import slope_calls
 
+from . import ahead
 
-def calls(dtype, V, weight, smoothing, z_loss, reduction, gradient):
+CONFIGS = [
+    (torch.bfloat16, 50257, False, 0.0, 0.0, 1, False),
+    (torch.float32, 50257, True, 0.1, 1e-4, 1, False),
+    (torch.float16, 32128, True, 0.1, 1e-4, 1, True),
+    (torch.bfloat16, 10, False, 0.1, 0.0, 0, True),
+]
+
+
+def calls(arch, dtype, V, weight, smoothing, z_loss, reduction, gradient):
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -33,24 +39,5 @@ def calls(dtype, V, weight, smoothing, z_loss, reduction, gradient):
         yield from slope_calls(logits[0], target[:40], weight, *residuals, 1000)
 
 
-def main() -> None:
-    configs = [
-        (torch.bfloat16, 50257, False, 0.0, 0.0, 1, False),
-        (torch.float32, 50257, True, 0.1, 1e-4, 1, False),
-        (torch.float16, 32128, True, 0.1, 1e-4, 1, True),
-        (torch.bfloat16, 10, False, 0.1, 0.0, 0, True),
-    ]
-    for arch, target in compile_check.TARGETS.items():
-        nvidia = target[0] == "cuda"
-        resources = compile_check._nvidia_resources if nvidia else compile_check._amd_resources
-        for config in configs:
-            for call in calls(*config):
-                compiled = compile_check.compile_call(call, target)
-                row = {"kernel": call.kernel.__name__, "arch": arch, "config": str(config)}
-                row |= {"shared": compiled.metadata.shared, **resources(compiled)}
-                row["limit"] = compile_check.SHARED_BYTES[arch]
-                print(json.dumps(row), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    ahead.print_rows(calls, CONFIGS)

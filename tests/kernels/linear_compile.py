@@ -4,14 +4,14 @@ target.
 TRITON_INTERPRET=0 python -m tests.kernels.linear_compile [arch ...]
 """
 
-import json
 import sys
-from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from fasttx.kernels import compile_check
 from fasttx.kernels.ffn import ffn_backward_calls, ffn_forward_calls
 from fasttx.kernels.linear import backward_calls, forward_calls
+
+from . import ahead
 
 # linear: shape (M, K, N); ffn: (M, K, F, N).
 CONFIGS = [
@@ -64,31 +64,17 @@ def calls(arch, op, activation=0, dtype="bf16", shape=None, transposed=False, re
     yield from ffn_backward_calls(arch, *gradients, *inputs, *scalars, 127 if gate else 31)
 
 
-def rows(job) -> list[dict]:
+def rows(calls, job) -> list[dict]:
     arch, config = job
-    target, found = compile_check.TARGETS[arch], []
-    nvidia = target[0] == "cuda"
-    resources = compile_check._nvidia_resources if nvidia else compile_check._amd_resources
-    switch = torch.backends.cuda.matmul
-    switch.fp32_precision = "tf32" if config.get("tf32") else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if config.get("tf32") else "ieee"
+    found = []
     for call in calls(arch, **config):
-        compiled = compile_check.compile_call(call, target)
-        row = {"kernel": call.kernel.__name__, "arch": arch, "config": str(config)}
-        row |= {"tile": str(call.features), "warps": call.num_warps}
+        row = {"config": str(config), "tile": str(call.features), "warps": call.num_warps}
         row |= {"rows": getattr(call.features, "BLOCK_M", 0)}
-        row |= {"fp32": config.get("dtype") == "fp32", "shared": compiled.metadata.shared}
-        row |= {"limit": compile_check.SHARED_BYTES[arch], **resources(compiled)}
+        row |= {"fp32": config.get("dtype") == "fp32", **compile_check.compiled_row(call, arch)}
         found.append(row)
     return found
 
 
-def main() -> None:
-    archs = sys.argv[1:] or list(compile_check.TARGETS)
-    with ProcessPoolExecutor(2) as pool:
-        for found in pool.map(rows, [(arch, config) for arch in archs for config in CONFIGS]):
-            for row in found:
-                print(json.dumps(row), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    ahead.print_rows(calls, CONFIGS, sys.argv[1:] or tuple(compile_check.TARGETS), rows)

@@ -3,11 +3,11 @@
 TRITON_INTERPRET=0 python -m tests.kernels.rope_compile
 """
 
-import json
-
 import torch
 from fasttx.kernels import compile_check
 from fasttx.kernels.rope import rope_calls
+
+from . import ahead
 
 CONFIGS = [
     {},
@@ -31,17 +31,5 @@ def calls(arch, dtype="bf16", B=2, H=12, G=4, S=2048, D=64, rotary=None, twice=F
     yield from rope_calls(arch, q, k, q, k, cos, cos, rotary, interleaved, adjoint, in_place)
 
 
-def main() -> None:
-    for arch, target in compile_check.TARGETS.items():
-        nvidia = target[0] == "cuda"
-        resources = compile_check._nvidia_resources if nvidia else compile_check._amd_resources
-        for config in CONFIGS:
-            for call in calls(arch, **config):
-                compiled = compile_check.compile_call(call, target)
-                row = {"kernel": call.kernel.__name__, "arch": arch, "config": str(config)}
-                row |= {"shared": compiled.metadata.shared, **resources(compiled)}
-                print(json.dumps(row | {"limit": compile_check.SHARED_BYTES[arch]}), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    ahead.print_rows(calls, CONFIGS)

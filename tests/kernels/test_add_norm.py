@@ -1,18 +1,13 @@
 """The Triton kernels of add_norm: rows wider than a block under the interpreter, and every kernel
 compiled for GPUs that are not there."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from fasttx.kernels import add_norm as kernels
-from fasttx.kernels.compile_check import TARGETS
 
 from fasttx.ops.add_norm import add_norm
+
+from .ahead import compiled
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms"])
@@ -45,23 +40,12 @@ def test_offsets_past_32_bits_are_64_bit():
 
 @pytest.mark.slow
 def test_compiles_for_every_target():
-    """No spills, shared memory within the limit."""
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.add_norm_compile"],
-        env=dict(os.environ, TRITON_INTERPRET="0", TRITON_DEFAULT_FP_FUSION="1"),
-        cwd=root,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    for arch in TARGETS:
-        assert {row["kernel"] for row in rows if row["arch"] == arch} == {
+    assert compiled(
+        "add_norm",
+        {
             "add_norm_fwd_kernel",
             "add_norm_rows_kernel",
             "add_norm_columns_kernel",
             "add_norm_finish_kernel",
-        }
-    faults = [row for row in rows if row["spills"] or row["shared"] > row["limit"]]
-    assert not faults, faults
+        },
+    )

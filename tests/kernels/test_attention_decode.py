@@ -1,20 +1,13 @@
 """The decoding kernels compiled for GPUs that are not there; splits and steps under the
 interpreter."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from fasttx.kernels import attention_decode as kernels
-from fasttx.kernels.compile_check import TARGETS
 
 from fasttx.reference.attention_decode import attention_decode_math
 
-ROOT = Path(__file__).parents[2]
+from .ahead import compiled
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -38,15 +31,4 @@ def test_any_number_of_splits(splits, head_size, dtype):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_compiles_without_spills():
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.attention_decode_compile"],
-        env=os.environ | {"TRITON_INTERPRET": "0"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {row["arch"] for row in rows} == set(TARGETS)
-    for row in rows:
-        assert row["spills"] == 0 and row["shared"] <= row["limit"], row
+    assert compiled("attention_decode")

@@ -1,27 +1,15 @@
 """Every Triton kernel compiled ahead of time for GPUs that are not there."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 from fasttx.kernels.compile_check import TARGETS
+
+from .ahead import run
 
 SIXTEEN_BIT_MATRIX = {"sm80": "mma", "sm90": "wgmma", "sm100": "tcgen05", "gfx942": "mfma"}
 
 
 def compiled(*arguments):
-    """The rows of compile_check, run apart: under the interpreter kernels cannot be compiled."""
-    environment = dict(os.environ, TRITON_INTERPRET="0", TRITON_DEFAULT_FP_FUSION="1")
-    done = subprocess.run(
-        [sys.executable, "-m", "fasttx.kernels.compile_check", "--jobs", "2", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return run("fasttx.kernels.compile_check", "--jobs", "2", *arguments)
 
 
 def label(row):
@@ -75,5 +63,6 @@ def test_kernels_are_sound(rows):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3 * 3600)  # over an hour of compiling on two cores
 def test_every_configuration_is_sound():
     assert_sound(compiled("--all"))

@@ -1,19 +1,14 @@
 """The Triton kernels of embed: rows wider than a block, runs longer than a chunk, and every kernel
 compiled for GPUs that are not there."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from fasttx.kernels import add_norm
 from fasttx.kernels import embed as kernels
-from fasttx.kernels.compile_check import TARGETS
 
 from fasttx.ops.embed import embed
+
+from .ahead import compiled
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms"])
@@ -48,25 +43,14 @@ def test_runs_at_the_edges_of_chunks(count):
 
 @pytest.mark.slow
 def test_compiles_for_every_target():
-    """No spills, shared memory within the limit."""
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.embed_compile"],
-        env=dict(os.environ, TRITON_INTERPRET="0", TRITON_DEFAULT_FP_FUSION="1"),
-        cwd=root,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    for arch in TARGETS:
-        assert {row["kernel"] for row in rows if row["arch"] == arch} == {
+    assert compiled(
+        "embed",
+        {
             "embed_fwd_kernel",
             "embed_rows_kernel",
             "embed_columns_kernel",
             "embed_runs_kernel",
             "embed_join_kernel",
             add_norm.add_norm_finish_kernel.__name__,
-        }
-    faults = [row for row in rows if row["spills"] or row["shared"] > row["limit"]]
-    assert not faults, faults
+        },
+    )

@@ -1,20 +1,13 @@
 """The rope kernel compiled for GPUs that are not there; several tiles and groups of heads under
 the interpreter."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from fasttx.kernels import rope as kernels
-from fasttx.kernels.compile_check import TARGETS
 
 from fasttx.reference.rope import rope_math
 
-ROOT = Path(__file__).parents[2]
+from .ahead import compiled
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -35,15 +28,4 @@ def test_several_tiles(interleaved, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_compiles_without_spills():
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.rope_compile"],
-        env=os.environ | {"TRITON_INTERPRET": "0"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {row["arch"] for row in rows} == set(TARGETS)
-    for row in rows:
-        assert row["spills"] == 0 and row["shared"] <= row["limit"], row
+    assert compiled("rope")
