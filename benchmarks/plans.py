@@ -11,6 +11,7 @@ import torch
 
 from . import fresh
 from .contest import Case
+from .models import families
 from .rows import Row
 
 MODEL_SECONDS = {"quick": 5.0, "full": 15.0, "musts": 15.0}
@@ -63,7 +64,7 @@ def cases(session) -> Iterator[tuple[Kind, Case]]:
     for kind, name in named:
         kind = BERT if (kind.asked, name) == ("models", "bert") else kind
         try:
-            _quiet_transformers()
+            families.quiet()
             found = list(module_of(kind).cases(name, options))
         except (ImportError, ValueError) as why:
             session.run.skip(name, str(why))
@@ -72,13 +73,6 @@ def cases(session) -> Iterator[tuple[Kind, Case]]:
             session.run.skip(name, f"it has no {', '.join(options.directions)}")
         for case in found:
             yield kind, case
-
-
-def _quiet_transformers() -> None:
-    """Its progress bars and advice would stand between the rows."""
-    logging = importlib.import_module("transformers").utils.logging
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 def module_of(kind: Kind):

@@ -18,6 +18,7 @@ from ..contest import Case, Contender, Group
 from ..gate import Error, Verdict, judge
 from ..ops.attention_case import DTYPES
 from ..rows import Run
+from .families import quiet
 from .sentences import SENTENCES, paragraphs
 
 NAME = "bert"
@@ -50,7 +51,7 @@ class Source:
 def load(device: torch.device) -> Source:
     """all-MiniLM-L6-v2 and its tokenizer; where it cannot be had, a random BERT that says so."""
     weights = importlib.import_module("..weights", __name__)
-    importlib.import_module("transformers").utils.logging.disable_progress_bar()
+    quiet()
     try:
         _, tokenizer = weights.minilm()
     except weights.Unavailable as error:

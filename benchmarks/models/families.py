@@ -1,8 +1,7 @@
 """The six families as transformers runs them, unpatched and under ``fasttx.patch``: random weights
 of the base sizes with fewer layers, or any Hugging Face folder.
 
-A folder is loaded with the head its config names. Ids are random; every other row is half padding;
-of masked LM 15 % of the positions have labels.
+A folder is loaded with the head its config names.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from ..gate import Error, Verdict, judge
 from ..ops.attention_case import DTYPES
 from ..providers import Skip, theirs
 from ..rows import Run
+from .batches import NEW_TOKENS, answers, call, given_of, make_batch, visible
 
 BASE = "sdpa"
 LABELS = {
@@ -38,9 +38,7 @@ LABELS = {
     "sdpa": "transformers",
     "torch_compile": "transformers, torch.compile",
 }
-LABELLED = 0.15
 FOLDER_FLOPS = 70_000_000_000
-NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -160,8 +158,16 @@ def folder(path: str) -> Source:
     return Source(Path(path).name, f"{Path(path).name} ({name})", kind, make, batches)
 
 
+def quiet() -> None:
+    """transformers' progress bars and advice would stand between the rows."""
+    logging = importlib.import_module("transformers").utils.logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def check(path: str) -> None:
     """NotAModel says why a folder cannot be measured: it is loaded, and asked once."""
+    quiet()
     try:
         source = folder(path)
         model = source.make(torch.float32)
@@ -280,14 +286,14 @@ class Bench(Contest):
 
     def _peers(self, batch, plain: Verdict, threads: int) -> dict[str, Contender]:
         """The forward of other runtimes, and what it is worth."""
-        given, found = _given(self.models["sdpa"], batch), {}
+        given, found = given_of(self.models["sdpa"], batch), {}
         exact = answers(self.exact, batch, "forward")["out"]
         for name, peer in self.peers.items():
             try:
                 start = time.perf_counter()
                 with theirs():
                     run = peer.model_forward(self.models["sdpa"], given, threads)
-                    error = Error.between(_visible(run(), batch), exact)
+                    error = Error.between(visible(run(), batch), exact)
             except Skip as why:
                 self.run.skip(f"{peer.LABEL}: {self.source.name} {self.dtype}", str(why))
                 continue
@@ -404,94 +410,3 @@ def _same_ids(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Verdict:
     if same.all():
         return Verdict(True)
     return Verdict(None, why=f"{int(same.sum())} of {same.numel()} ids are the unpatched model's")
-
-
-def make_batch(config, kind: str, size: tuple[int, int], device) -> dict[str, Tensor]:
-    """Random ids, every other row half padding on the right, and labels for what has a loss."""
-    rows, length = size
-    generator = torch.Generator().manual_seed(0)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    ids = torch.randint(5, text.vocab_size, size, generator=generator)
-    mask = torch.ones(size, dtype=torch.long)
-    mask[1::2, length // 2 :] = 0
-    pad = text.pad_token_id if text.pad_token_id is not None else 0
-    batch = {"input_ids": ids.where(mask.bool(), pad), "attention_mask": mask}
-    hidden = ~mask.bool()
-    if kind == "masked":
-        hidden = hidden | (torch.rand(size, generator=generator) >= LABELLED)
-    if kind != "hidden":
-        batch["labels"] = ids.masked_fill(hidden, -100)
-    return {name: t.to(device) for name, t in batch.items()}
-
-
-def _outputs(model, batch: dict[str, Tensor]) -> Tensor:
-    found = model(**batch)
-    return next(found[n] for n in ("logits", "last_hidden_state", "start_logits") if n in found)
-
-
-def _visible(out: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """The outputs at visible positions; all of them where a row has one output."""
-    mask = batch["attention_mask"].bool()
-    return out[mask] if out.shape[: mask.ndim] == mask.shape else out
-
-
-def _loss(model, batch: dict[str, Tensor]) -> Tensor:
-    if "labels" in batch:
-        return model(**batch).loss
-    return _visible(_outputs(model, batch), batch).float().square().mean()
-
-
-def _gradients(model, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(_loss(model, batch), wanted, allow_unused=True)
-    return tuple(g for g in grads if g is not None)
-
-
-def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {n: t for n, t in batch.items() if n != "labels"}
-
-
-def _given(model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Labels stay where the model needs them to know what its decoder reads."""
-    return batch if getattr(model.config, "is_encoder_decoder", False) else _inputs(batch)
-
-
-def answers(model, batch: dict[str, Tensor], direction: str) -> dict[str, Tensor]:
-    """What is compared: outputs at visible positions, for a step all gradients as one vector."""
-    model.eval()
-    if direction == "generate":
-        return {"ids": call(model, batch, direction)()}
-    if direction == "forward":
-        with torch.no_grad():
-            return {"out": _visible(_outputs(model, batch), batch)}
-    grads = _gradients(model, batch)
-    return {"dparameters": torch.cat([g.flatten().double() for g in grads])}
-
-
-def call(model, batch: dict[str, Tensor], direction: str) -> Callable[[], object]:
-    if direction == "forward":
-        given = _given(model, batch)
-
-        def forward():
-            model.eval()
-            with torch.no_grad():
-                return _outputs(model, given)
-
-        return forward
-    if direction == "generate":
-        given = {n: t[:1] for n, t in _inputs(batch).items()}
-
-        def generate():
-            model.eval()
-            with torch.no_grad():
-                return model.generate(
-                    **given, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
-                )
-
-        return generate
-
-    def step():
-        model.train()
-        return _gradients(model, batch)
-
-    return step

@@ -27,17 +27,8 @@ from ..contest import Case, Contender, Group, timed
 from ..gate import Error, judge
 from ..ops.attention_case import DTYPES
 from ..rows import Run
-from .families import (
-    BASE,
-    FAMILIES,
-    LABELLED,
-    LABELS,
-    as_fasttx,
-    compiled,
-    made_ready,
-    make_batch,
-    patch,
-)
+from .batches import LABELLED, make_batch
+from .families import BASE, FAMILIES, LABELS, as_fasttx, compiled, made_ready, patch
 
 LEARNING_RATE = 1e-5
 
