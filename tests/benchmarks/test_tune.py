@@ -274,7 +274,7 @@ def test_residuals_may_differ_where_only_backwards_read_them():
     [
         (["nonsense"], "unknown op 'nonsense': attention"),
         (["linear", "--dtype", "int8"], "unknown dtype 'int8'"),
-        (["linear", "--threads", "4096"], "--threads must be at most"),
+        (["linear", "--threads", "4096"], "--threads must be whole numbers from 1 to"),
         (["--reset", "linear"], "--reset forgets everything"),
     ],
 )
