@@ -74,8 +74,11 @@ def _ticks_around_one(low: float, high: float) -> list[float]:
 def ratio_plot(rows: list[Row], path: Path, theme: str = "light") -> Path:
     """fasttx against SDPA, a bar a case; losses go to the left of 1, in another colour."""
     plt = _pyplot()
-    left_out = max(0, len(rows) - MAX_BARS)
+    every = len(rows)
+    if every > MAX_BARS:  # its variants are in the table
+        rows = [row for row in rows if row.provider == "fasttx"] or rows
     rows = rows[:MAX_BARS]
+    left_out = every - len(rows)
     colors = THEMES[theme]
     figure, axes = plt.subplots(figsize=(9, 0.9 + 0.27 * len(rows)), layout="constrained")
     figure.set_facecolor(colors["paper"])
@@ -84,7 +87,7 @@ def ratio_plot(rows: list[Row], path: Path, theme: str = "light") -> Path:
     high = max(1.25, *(row.ratio_high for row in rows)) * 1.12
     axes.set_xscale("log")
     for i, row in enumerate(rows):
-        color = COLORS["fasttx"] if row.ratio >= 1 else "#c62f3b"
+        color = COLORS.get(row.provider, COLORS["fasttx"]) if row.ratio >= 1 else "#c62f3b"
         axes.barh(i, row.ratio - 1, left=1, height=0.66, color=color)
         axes.plot([row.ratio_low, row.ratio_high], [i, i], color=colors["ink"], linewidth=1.2)
         if row.ratio_best is not None:
