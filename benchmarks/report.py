@@ -210,9 +210,9 @@ def gains(run: Run) -> list[str]:
                 parts.append(
                     f"its peak memory {size(base.peak_bytes)} -> {size(row.peak_bytes)}, {share}"
                 )
-        if parts:
-            where = f"{threads} thr." if device == "cpu" else device
-            lines.append(f"{name} {dtype}, {where}: " + "; ".join(parts))
+        where = f"{threads} thr." if device == "cpu" else device
+        gained = "; ".join(parts) or "nothing: fasttx.patch finds nothing in it that it knows"
+        lines.append(f"{name} {dtype}, {where}: {gained}")
     return lines
 
 

@@ -99,9 +99,9 @@ def bench(
             from .base import BaseSession
 
             return execute(options, Console(), BaseSession(options, Console(), base))
+        return execute(options, Console())
     except asked.UsageError as error:
         raise BadUsage(str(error)) from None
-    return execute(options, Console())
 
 
 def execute(options: Options, console: Console, session: Session | None = None) -> int:

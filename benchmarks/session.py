@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import limits, machine, ops, plans, providers, report
 from .ops import attention, generic
 from .ops.attention_case import DTYPES
-from .options import Options
+from .options import Options, UsageError
 from .plans import Step
 from .rows import Row, Run
 
@@ -130,9 +130,13 @@ class Session:
             self.run.limits.append(limits.measure(self.device, threads, dtypes))
 
     def execute(self) -> Run:
-        """Runs the plan with live progress. What was measured is kept when interrupted."""
+        """Runs the plan with live progress. What was measured is kept when interrupted. UsageError
+        where there is nothing to run."""
         start = time.monotonic()
         steps = self.plan()
+        if not steps:
+            why = [f": {entry['what']}: {entry['why']}" for entry in self.run.skipped[-1:]]
+            raise UsageError("there is nothing to run" + "".join(why))
         last = QUICK_LAST_SECONDS
         if self.options.only_a_folder():
             last = FOLDER_LAST_SECONDS

@@ -33,6 +33,7 @@ from fasttx.benchmarks.ops.attention_case import Case
         (["attention", "--threads", "0"], "the cores usable here, got '0'"),
         (["attention", "--out", __file__], "is a file"),
         (["attention", "--csv", "."], "--csv '.' is a folder"),
+        (["call_overhead", "--seqlen", "8"], "nothing to run: call_overhead: it has no --seqlen"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(arguments, expected, capsys):

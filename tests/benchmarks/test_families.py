@@ -194,3 +194,5 @@ def test_a_folder_that_cannot_be_loaded_is_left_out_in_words(tmp_path):
     session = Session(options, Console(quiet=True))
     assert session.plan() == []
     assert "names no architecture" in session.run.skipped[-1]["why"]
+    with pytest.raises(asked.UsageError, match=r"nothing to run: .* names no architecture"):
+        session.execute()

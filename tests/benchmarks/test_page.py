@@ -57,6 +57,23 @@ def test_what_patching_gains_is_a_line_a_dtype():
     )
 
 
+def test_what_patching_does_not_gain_is_told_too():
+    run = example()
+    run.rows = [row for row in run.rows if row.kind == "model" and row.provider == "sdpa"]
+    for row in run.rows:
+        row.ratio_to = "sdpa"
+    assert report.gains(run)[0] == (
+        "bert-base fp32, 1 thr.: nothing: fasttx.patch finds nothing in it that it knows"
+    )
+
+
+def test_another_commit_is_no_gain_of_patching():
+    run = example()
+    for row in run.rows:
+        row.ratio_to = "base"
+    assert report.gains(run) == []
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no headless browser is installed")
 def test_filters_and_columns(tmp_path):
     seen = run(html.render(example()), """
