@@ -32,7 +32,7 @@ ENOUGH_ROUNDS = 7
 MAX_ROUNDS = 301
 MIN_SAMPLE_S = 2e-3
 MAX_INNER = 1000
-SLOW_S = 0.2
+SLOW_S, LONG_S = 0.2, 0.5  # first calls after which one warm-up, or none, is enough
 
 Call = Callable[[], object]
 
@@ -210,13 +210,15 @@ def _warm_up(name: str, call: Call, clock: Clock) -> Timing:
     """First call (compilation, lazy loading, page faults) apart, then the sample's length."""
     timing = Timing(name, clock.name)
     start = time.perf_counter()
+    spent = [time.thread_time(), time.process_time()]
     call()
     if clock.name == "cuda_event":
         torch.cuda.synchronize()
-    timing.first_call_s = time.perf_counter() - start
-    spent = [time.thread_time(), time.process_time()]
-    more = 2 if timing.first_call_s < SLOW_S else 1
-    seconds = min(_measure(clock, call, 1)[0] for _ in range(more))
+    timing.first_call_s = seconds = time.perf_counter() - start
+    if seconds < LONG_S:
+        spent = [time.thread_time(), time.process_time()]
+        more = 2 if seconds < SLOW_S else 1
+        seconds = min(_measure(clock, call, 1)[0] for _ in range(more))
     timing.warmup_s = time.perf_counter() - start
     spent = [time.thread_time() - spent[0], time.process_time() - spent[1]]
     timing.inner = max(1, min(MAX_INNER, int(MIN_SAMPLE_S / max(seconds, 1e-7)) + 1))

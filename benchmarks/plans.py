@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -107,18 +108,20 @@ def add_fresh(
     session, rows: list[Row], make: str, threads: int, memory: bool = False, **arguments
 ) -> list[Row]:
     """Fills in what was asked for of cold start and peak memory, from fresh processes."""
-    options = session.options
-    for row in rows:
-        if not fresh_provider(row):
-            continue
-        ask = partial(
-            fresh.measure, make, arguments | {"provider": row.provider}, threads=threads,
-            device=str(session.device), transformers=row.kind != "op",
-        )  # fmt: skip
-        if options.cold:
-            row.cold_s = ask("cold")
-        if options.memory or memory:
-            row.peak_bytes = ask("memory")
+    options, apart = session.options, [row for row in rows if fresh_provider(row)]
+
+    def ask(what: str, row: Row) -> float | None:
+        given, device = arguments | {"provider": row.provider}, str(session.device)
+        return fresh.measure(make, given, what, threads, device, transformers=row.kind != "op")
+
+    if options.cold:
+        for row in apart:
+            row.cold_s = ask("cold", row)
+    if options.memory or memory:
+        # Unlike time, it does not change beside another process; a GPU's may not be enough for two.
+        with ThreadPoolExecutor(2 if session.device.type == "cpu" else 1) as pool:
+            for row, peak in zip(apart, pool.map(partial(ask, "memory"), apart), strict=True):
+                row.peak_bytes = peak
     return rows
 
 
