@@ -205,6 +205,10 @@ def gains(run: Run) -> list[str]:
                     f"{what} {seconds(base.median_s)} -> {seconds(row.median_s)}, "
                     f"{times(row.ratio)}"
                 )
+                unpadded = [r.ratio for r in rows if r.provider == "fasttx_unpad"
+                            and r.group == row.group and r.ratio is not None]  # fmt: skip
+                if row.provider == "fasttx" and unpadded:
+                    parts[-1] += f" ({times(unpadded[0])} with unpad=True)"
             if row.peak_bytes and base.peak_bytes:
                 share = percent(row.peak_bytes / base.peak_bytes)
                 parts.append(

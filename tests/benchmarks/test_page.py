@@ -2,6 +2,7 @@
 leave the rows they name, a click on a column sorts."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from fasttx.benchmarks import html, report
@@ -55,6 +56,13 @@ def test_what_patching_gains_is_a_line_a_dtype():
         "bert-base fp32, 1 thr.: training step 8 x 128 50 ms -> 26.3 ms, 1.90x; "
         "its peak memory 100.0 MiB -> 60.0 MiB, 60 %"
     )
+
+
+def test_what_leaving_padding_out_gains_stands_beside_it():
+    run = example()
+    [patched, *_] = [row for row in run.rows if row.kind == "model" and row.provider == "fasttx"]
+    run.rows.append(replace(patched, provider="fasttx_unpad", ratio=2.5))
+    assert "26.3 ms, 1.90x (2.50x with unpad=True); its peak" in report.gains(run)[0]
 
 
 def test_what_patching_does_not_gain_is_told_too():
