@@ -19,7 +19,6 @@ from ._checks import (
 )
 from ._position_bias import ALiBi, RelativePositionBias
 
-BACKENDS = ("cpu", "cuda", "triton", "reference", "torch")
 _ALIGNMENTS = {False: None, True: False, "upper_left": False, "lower_right": True}
 _NOTHING = (None,) * 6
 
@@ -43,7 +42,7 @@ def checked(
     scalars (scale, softcap, dropout_p, left, right, lower_right, bias_shift); leading: the
     dimensions to restore, None for 4-D input."""
     if backend is not None:
-        check_backend(backend, BACKENDS)
+        check_backend(backend)
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         for name, t in (("query", query), ("key", key), ("value", value)):
             if not isinstance(t, Tensor):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._attention_checks import _alibi, _window
-from ._checks import BACKENDS, check_backend, check_float, has_values, number, short
+from ._checks import check_backend, check_float, has_values, number, short
 from ._position_bias import ALiBi, RelativePositionBias
 
 
@@ -16,7 +16,7 @@ def checked_decode(
 ):  # fmt: skip
     """The inner op's arguments."""
     if backend is not None:
-        check_backend(backend, (*BACKENDS, "torch"))
+        check_backend(backend)
     check_float("q", q)
     device = q.device
     B, H, S, D = _shape("q", q, "[B, H, S, D]")
@@ -80,7 +80,7 @@ def checked_decode(
 
 def checked_append(k_cache, v_cache, k, v, cache_lengths, block_table, backend):
     """The inner op's arguments."""
-    check_backend(backend)
+    check_backend(backend, ("cpu", "cuda", "triton", "reference"))
     check_float("k_cache", k_cache)
     check_float("k", k)
     check_float("v", v)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-BACKENDS = ("cpu", "cuda", "triton", "reference")
+BACKENDS = ("cpu", "cuda", "triton", "reference", "torch")
 FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 # The dtypes that may stand beside one in a call: float64 stands alone.
 KINDRED = {t: FLOATS & {t} if t is torch.float64 else FLOATS - {torch.float64} for t in FLOATS}

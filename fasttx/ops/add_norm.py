@@ -23,7 +23,6 @@ from torch import Tensor
 
 from ..autograd import Direct, differentiable
 from ..op import HALF, Kernel, Needs, Op
-from ._checks import BACKENDS as OURS
 from ._checks import (
     FLOATS,
     KINDRED,
@@ -37,7 +36,6 @@ from ._checks import (
 
 __all__ = ["add_norm", "add_norm_bwd", "add_norm_fwd", "layer_norm", "rms_norm"]
 
-BACKENDS = (*OURS, "torch")
 _KINDS = {"layer": False, "rms": True}
 
 
@@ -215,7 +213,7 @@ def rms_norm(
 
 def _norm(x, residual, weight, bias, x_bias, dropout_p, eps, rms, prenorm, seed, backend):
     if backend is not None:
-        check_backend(backend, BACKENDS)
+        check_backend(backend)
     if not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
         raise number("eps", eps, "a finite number of at least 0")
     tensors = (x, residual, weight, bias, x_bias)

@@ -57,14 +57,12 @@ for _op, _of, _sizes in (
         "reference", f"fasttx.reference.attention_decode:{_op.name}", Needs(dtypes=None)
     )
     # An append is PyTorch's own indexing in the reference already.
-    _own = [
-        Kernel(
-            "torch",
-            f"fasttx.reference.torch_own:{_op.name}",
-            Needs(sizes=_sizes, absent=("block_table", "slopes", "table", "softcap"), by_name=True),
+    _own = []
+    if _op is attention_decode_fwd:
+        _needs = Needs(
+            sizes=_sizes, absent=("block_table", "slopes", "table", "softcap"), by_name=True
         )
-        for _ in range(_op is attention_decode_fwd)
-    ]
+        _own = [Kernel("torch", f"fasttx.reference.torch_own:{_op.name}", _needs)]
     _op.kernels(
         cpu=[
             Kernel("cpu", f"native:{_op.name}_cpu", Needs(dtype_of=_of, sizes=_sizes)),

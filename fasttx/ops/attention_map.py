@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..op import Kernel, Needs, Op
 from ._attention_checks import checked
-from ._checks import BACKENDS, check_backend, check_float, has_values, short
+from ._checks import check_backend, check_float, has_values, short
 from ._position_bias import ALiBi, RelativePositionBias
 
 __all__ = ["attention_map", "attention_map_fwd"]
@@ -101,7 +101,7 @@ def attention_map(
 
     Source: Dao, arXiv 2307.08691 (probabilities again from lse).
     """
-    check_backend(backend, (*BACKENDS, "torch"))
+    check_backend(backend)
     _check_operands(q, k, lse)
     if pool is not None and (isinstance(pool, bool) or not isinstance(pool, int)):
         raise TypeError(f"pool must be an int or None, got {pool!r}")

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ..autograd import Direct, differentiable
 from ..op import HALF, Kernel, Needs, Op
-from ._checks import BACKENDS as OURS
 from ._checks import check_backend, check_float, extremes, has_values, number, short
 
 __all__ = [
@@ -32,7 +31,6 @@ __all__ = [
     "cross_entropy_rescale",
 ]
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-BACKENDS = (*OURS, "torch")
 
 
 @Op
@@ -92,14 +90,10 @@ for _op in (cross_entropy_fwd, cross_entropy_bwd, cross_entropy_inplace, cross_e
         "reference", f"fasttx.reference.cross_entropy:{_op.name}", Needs(dtypes=None)
     )
     # PyTorch has nothing that leaves the gradient in the logits' memory.
-    _unfused = [
-        Kernel(
-            "torch",
-            f"fasttx.reference.unfused:{_op.name}",
-            Needs(dtype_of=_of, absent=("z_loss",), by_name=True),
-        )
-        for _ in range("z_loss" in _op.at and not _op.mutates)
-    ]
+    _unfused = []
+    if "z_loss" in _op.at and not _op.mutates:
+        _needs = Needs(dtype_of=_of, absent=("z_loss",), by_name=True)
+        _unfused = [Kernel("torch", f"fasttx.reference.unfused:{_op.name}", _needs)]
     _op.kernels(
         cpu=[
             Kernel("cpu", f"native:{_op.name}_cpu", Needs(dtype_of=_of)),
@@ -294,7 +288,7 @@ def cross_entropy(
     Sources: Milakov and Gimelshein, arXiv 1805.02867 (the online sum); Szegedy et al., 1512.00567
     (label smoothing); Chowdhery et al., 2204.02311 (z-loss).
     """
-    check_backend(backend, BACKENDS)
+    check_backend(backend)
     check_float("logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be [..., V] with V >= 1, got shape {tuple(logits.shape)}")

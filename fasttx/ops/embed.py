@@ -24,7 +24,6 @@ from torch import Tensor
 
 from ..autograd import Direct, differentiable
 from ..op import HALF, Kernel, Needs, Op
-from ._checks import BACKENDS as OURS
 from ._checks import (
     FLOATS,
     check_backend,
@@ -38,7 +37,6 @@ from ._checks import (
 )
 
 __all__ = ["embed", "embed_bwd", "embed_fwd", "sinusoidal_positions"]
-BACKENDS = (*OURS, "torch")
 _KINDS = {"layer": 1, "rms": 2}
 
 
@@ -203,7 +201,7 @@ def embed(
     Sources: Devlin et al., arXiv 1810.04805 (BERT); Liu et al., 1907.11692 (RoBERTa), whose rule
     for positions is that of fairseq.
     """
-    check_backend(backend, BACKENDS)
+    check_backend(backend)
     check_dropout(dropout_p)
     if kind not in _KINDS:
         raise ValueError(f"kind must be 'layer' or 'rms', got {kind!r}")

@@ -30,7 +30,6 @@ from ..op import Op
 from ._checks import check_backend, check_dropout, check_float, seed_tensor
 from .linear import (
     ACTIVATIONS,
-    BACKENDS,
     autocast,
     check_dtypes,
     check_like,
@@ -170,7 +169,7 @@ def ffn(
 
     Sources: Hendrycks and Gimpel, arXiv 1606.08415 (gelu); Shazeer, 2002.05202 (gates).
     """
-    check_backend(backend, BACKENDS)
+    check_backend(backend)
     check_float("x", x)
     name = _GATED.get(activation, activation) if w_gate is not None else activation
     if name is None or name not in ACTIVATIONS:

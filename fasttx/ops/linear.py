@@ -22,12 +22,10 @@ from torch import Tensor
 
 from ..autograd import differentiable
 from ..op import HALF, Kernel, Needs, Op
-from ._checks import BACKENDS as FUSED
 from ._checks import check_backend, check_float, short
 
 __all__ = ["linear", "linear_bwd", "linear_fwd"]
 
-BACKENDS = (*FUSED, "torch")
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4}
 
 
@@ -179,7 +177,7 @@ def linear(
 
     Source of gelu: Hendrycks and Gimpel, arXiv 1606.08415.
     """
-    check_backend(backend, BACKENDS)
+    check_backend(backend)
     check_float("x", x)
     if activation not in ACTIVATIONS:
         raise ValueError(

@@ -20,11 +20,9 @@ import torch
 from torch import Tensor
 
 from ..op import HALF, Kernel, Needs, Op
-from ._checks import BACKENDS as OURS
 from ._checks import FLOATS, check_backend, check_float, short
 
 __all__ = ["rope", "rope_bwd", "rope_fwd", "rope_inplace"]
-BACKENDS = (*OURS, "torch")
 
 
 def _like(q: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -196,7 +194,7 @@ def rope(
 
     Source: Su et al., arXiv 2104.09864; the interleaved form is the paper's.
     """
-    check_backend(backend, BACKENDS)
+    check_backend(backend)
     angles, rotary = _checked(q, k, cos, sin, rotary_dim)
     scalars = (rotary, bool(interleaved))
     if not inplace:

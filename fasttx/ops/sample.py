@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..op import Kernel, Needs, Op
-from ._checks import BACKENDS, check_backend, check_float, has_values, number, seed_tensor
+from ._checks import check_backend, check_float, has_values, number, seed_tensor
 
 __all__ = ["sample", "sample_fwd"]
 MOST_CLASSES = 2**24
@@ -105,7 +105,7 @@ def sample(
 
     Sources: Fan et al., arXiv 1805.04833 (top-k); Holtzman et al., 1904.09751 (top-p).
     """
-    check_backend(backend, (*BACKENDS, "torch"))
+    check_backend(backend)
     check_float("logits", logits)
     if logits.dim() == 0 or not 1 <= logits.shape[-1] <= MOST_CLASSES:
         raise ValueError(
