@@ -10,3 +10,9 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def reference_allowed(monkeypatch):
+    """fp64 runs on the reference."""
+    monkeypatch.delenv("FASTTX_STRICT", raising=False)

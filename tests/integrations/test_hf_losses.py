@@ -23,7 +23,10 @@ from .hf_models import (
 )
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore:fasttx.* runs on the plain PyTorch")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:fasttx.* runs on the plain PyTorch"),
+    pytest.mark.usefixtures("reference_allowed"),
+]
 
 HEADS = {
     "bert": lambda **o: MODELS["bert"]("BertForMaskedLM", **o),
@@ -33,11 +36,6 @@ HEADS = {
     **FAMILIES,
 }
 CAUSAL = ("bert causal", "roberta causal", "gpt2", "bloom", "llama")
-
-
-@pytest.fixture(autouse=True)
-def _reference_allowed(monkeypatch):
-    monkeypatch.delenv("FASTTX_STRICT", raising=False)  # fp64 runs on the reference
 
 
 def labelled(head: str) -> dict:

@@ -24,12 +24,10 @@ from .hf_models import (
 )
 
 pytest.importorskip("transformers", reason="transformers is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore:fasttx.attention runs on the plain PyTorch")
-
-
-@pytest.fixture(autouse=True)
-def _reference_allowed(monkeypatch):
-    monkeypatch.delenv("FASTTX_STRICT", raising=False)  # fp64 runs on the reference
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:fasttx.attention runs on the plain PyTorch"),
+    pytest.mark.usefixtures("reference_allowed"),
+]
 
 
 def compare(model, given, dtype, *, backward=False):

@@ -25,12 +25,10 @@ from .hf_models import (
 from .test_hf_losses import HEADS, labelled
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore:fasttx.attention runs on the plain PyTorch")
-
-
-@pytest.fixture(autouse=True)
-def _reference_allowed(monkeypatch):
-    monkeypatch.delenv("FASTTX_STRICT", raising=False)  # fp64 runs on the reference
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:fasttx.attention runs on the plain PyTorch"),
+    pytest.mark.usefixtures("reference_allowed"),
+]
 
 
 ENCODERS = {
